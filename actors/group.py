@@ -1,0 +1,205 @@
+"""A role's verbs over N Ray workers: split, call with a deadline, gather. Here is where Ray begins.
+
+    driver --- one await per verb ---> group --- one Ray call per worker ---> workers (collectives among themselves)
+
+Every call ends: with an answer, or with a RoleError that names role, rank and verb. Records travel once: the group puts
+them into the object store and every worker of every role reads the same copy.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.actor import ActorHandle, ActorMethod
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
+
+from orchestrator.balance import plan
+from orchestrator.batch import Batch, Examples, Minibatch, Records, Rollout, ScoredRollout
+from orchestrator.config import Deadlines
+from orchestrator.placement import Seat
+from orchestrator.roles import Metrics, WeightReceipt
+
+
+class RoleError(RuntimeError):
+    """A worker failed, died or did not answer in time."""
+
+
+class RemoteWorker:
+    """One Ray worker with its name and its deadlines."""
+
+    def __init__(self, handle: ActorHandle, who: str, deadlines: Deadlines) -> None:
+        self.handle, self.who, self.deadlines = handle, who, deadlines
+
+    async def call(self, method: ActorMethod, *args: Any, deadline_s: float | None = None) -> Any:
+        verb, limit = method._method_name, deadline_s or self.deadlines.call_s
+        try:
+            return await asyncio.wait_for(method.remote(*args), limit)
+        except TimeoutError as error:
+            raise RoleError(f"{self.who} did not answer {verb} within {limit:g} s") from error
+        except RayTaskError as error:
+            raise RoleError(f"{self.who} failed in {verb}: {error.cause!r}") from error
+        except RayActorError as error:
+            raise RoleError(f"{self.who} died in {verb}: {error}") from error
+
+
+def spawn(cls: type, *, who: str, seat: Seat, group: PlacementGroup, env: dict[str, str], deadlines: Deadlines, **settings: Any) -> RemoteWorker:
+    """Starts one worker in its seat; its constructor runs there. Errors surface in the first call."""
+    resources = dict(seat.resources)
+    options = {
+        "num_cpus": resources.get("CPU", 0.0),
+        "num_gpus": resources.get("GPU", 0.0),
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.bundle),
+        "runtime_env": {"env_vars": env},
+    }
+    return RemoteWorker(ray.remote(cls).options(**options).remote(**settings), who, deadlines)
+
+
+class ObjectStore:
+    """Puts each record once; the last few stay referenced, so that every role of a step finds them there."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[Records, ray.ObjectRef]] = deque(maxlen=2)
+
+    def put(self, records: Records) -> ray.ObjectRef:
+        for kept, ref in self._recent:
+            if kept is records:
+                return ref
+        ref = ray.put(records)
+        self._recent.append((records, ref))
+        return ref
+
+
+class WorkerGroup:
+    """What every role's group can do. Rank k is ``workers[k]``."""
+
+    def __init__(self, workers: Sequence[RemoteWorker], *, store: ObjectStore, token_budget: int) -> None:
+        self.workers, self._store, self._token_budget = list(workers), store, token_budget
+
+    async def start(self, *, threads: int, seed: int, timeout_s: float) -> None:
+        """Joins the workers in one process group and loads the model in each."""
+        first = self.workers[0]
+        host, port = await first.call(first.handle.rendezvous, deadline_s=first.deadlines.start_s)
+        world = len(self.workers)
+        await asyncio.gather(
+            *(
+                w.call(w.handle.setup, rank, world, host, port, threads, seed, timeout_s, deadline_s=w.deadlines.start_s)
+                for rank, w in enumerate(self.workers)
+            )
+        )
+
+    async def health(self) -> None:
+        await asyncio.gather(*(w.call(w.handle.health) for w in self.workers))
+
+    async def describe(self) -> list[Any]:
+        """One roster line per worker."""
+        return await asyncio.gather(*(w.call(w.handle.describe) for w in self.workers))
+
+    async def close(self) -> None:
+        """Ends the processes. A worker that is already gone is no error."""
+        await asyncio.gather(*(w.call(w.handle.close, deadline_s=10) for w in self.workers), return_exceptions=True)
+        for worker in self.workers:
+            ray.kill(worker.handle)
+
+    def _plan(self, lengths: Sequence[int], *, unit: int = 1) -> list[list[list[int]]]:
+        return plan(lengths, num_ranks=len(self.workers), token_budget=self._token_budget, unit=unit)
+
+
+class ScorerGroup(WorkerGroup):
+    """Reference, and what learners share with it."""
+
+    async def score(self, batch: Batch) -> Tensor:
+        """[B, T] float32, row for row."""
+        shares = self._plan(batch.attention_mask.sum(1).tolist())
+        ref = self._store.put(batch)
+        answers = await asyncio.gather(
+            *(w.call(w.handle.score, ref, share) for w, share in zip(self.workers, shares, strict=True))
+        )
+        scores = torch.zeros(batch.tokens.shape)
+        for share, answer in zip(shares, answers, strict=True):
+            scores[[row for rows in share for row in rows]] = answer
+        return scores
+
+
+class LearnerGroup(ScorerGroup):
+    """Actor and critic, in every stage that trains them."""
+
+    async def update(self, minibatch: Minibatch) -> Metrics:
+        """One optimizer step over all ranks; every rank returns the same global figures."""
+        unit = self.rows_per_example
+        shares = self._plan(minibatch.records.attention_mask[minibatch.rows].sum(1).tolist(), unit=unit)
+        ref = self._store.put(minibatch.records)
+        answers = await asyncio.gather(
+            *(
+                w.call(w.handle.update_rows, ref, minibatch.rows, minibatch.weights, share)
+                for w, share in zip(self.workers, shares, strict=True)
+            )
+        )
+        return answers[0]
+
+    rows_per_example = 1
+
+    async def save(self, folder: Path) -> None:
+        await asyncio.gather(*(w.call(w.handle.save, folder) for w in self.workers))
+
+    async def load(self, folder: Path) -> None:
+        await asyncio.gather(*(w.call(w.handle.load, folder) for w in self.workers))
+
+    async def export(self, folder: Path) -> None:
+        await asyncio.gather(*(w.call(w.handle.export, folder) for w in self.workers))
+
+
+class ActorGroup(LearnerGroup):
+    """The policy's group: it also sends its weights and answers the probe."""
+
+    async def send_weights(self, version: int) -> WeightReceipt:
+        receipts = await asyncio.gather(
+            *(w.call(w.handle.send_weights, version, deadline_s=w.deadlines.sync_s) for w in self.workers)
+        )
+        return receipts[0]
+
+    async def logprobs(self, tokens: Sequence[int]) -> list[float]:
+        answers = await asyncio.gather(*(w.call(w.handle.logprobs, list(tokens)) for w in self.workers))
+        return answers[0]
+
+
+class PairLearnerGroup(LearnerGroup):
+    """Trains a reward model on pairs: the two rows of a pair stay in one micro-batch."""
+
+    rows_per_example = 2
+
+    async def score_examples(self, examples: Examples) -> Tensor:
+        """[B] scores, row for row."""
+        shares = self._plan(examples.attention_mask.sum(1).tolist())
+        ref = self._store.put(examples)
+        answers = await asyncio.gather(
+            *(w.call(w.handle.score, ref, share) for w, share in zip(self.workers, shares, strict=True))
+        )
+        scores = torch.zeros(len(examples.tokens))
+        for share, answer in zip(shares, answers, strict=True):
+            scores[[row for rows in share for row in rows]] = answer
+        return scores
+
+
+class RewardGroup(WorkerGroup):
+    """Scores finished groups of rollouts, each on the worker with the fewest waiting."""
+
+    def __init__(self, workers: Sequence[RemoteWorker], *, store: ObjectStore, token_budget: int) -> None:
+        super().__init__(workers, store=store, token_budget=token_budget)
+        self._waiting = [0] * len(self.workers)
+
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        rank = self._waiting.index(min(self._waiting))
+        worker = self.workers[rank]
+        self._waiting[rank] += len(rollouts)
+        try:
+            rewards = await worker.call(worker.handle.score_rollouts, list(rollouts))
+        finally:
+            self._waiting[rank] -= len(rollouts)
+        return [ScoredRollout(rollout=r, reward=reward) for r, reward in zip(rollouts, rewards, strict=True)]

@@ -1,0 +1,144 @@
+"""The command ``quartet``: reads the run, refuses what is wrong with it in a fraction of a second, then starts it.
+
+Invariant: nothing here imports torch or ray. ``launch.train``, which does, is imported after the run is valid, so a
+typo costs 0.3 s and no device. A ValueError is the user's to read: one line on stderr, exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import metadata, resources
+from pathlib import Path
+from typing import NoReturn
+
+from launch import help as field_help
+from orchestrator.config import Run
+from orchestrator.configfile import load_run, run_as_yaml
+from orchestrator.plugins import nearest
+
+PRESETS = "launch.presets"
+REFUSED, INTERRUPTED = 2, 130
+
+OVERVIEW = """\
+usage: quartet VERB ...
+
+Trains language models from human feedback on Ray, DeepSpeed and vLLM.
+
+verbs
+  train RUN [a.b.c=value ...] [--resume]   train; RUN is a YAML file or a preset
+  config RUN [a.b.c=value ...]             print the run with every default filled in
+  --help, --version                        this text; the version
+  train --help                             every field of a run
+
+presets
+  {presets}
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but complaints are ValueErrors like every other complaint."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status is 0, what training returns, 2 (refused) or 130 (interrupted)."""
+    try:
+        return dispatch(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        print(f"quartet: error: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("quartet: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `quartet train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(OVERVIEW.format(presets="  ".join(presets()) or "none"), end="")
+        return 0 if argv else REFUSED
+    if argv[0] == "--version":
+        print(f"quartet {metadata.version('quartet-rlhf')}")
+        return 0
+    if argv[0] not in VERBS:
+        raise ValueError(f"unknown verb {argv[0]!r}{nearest(argv[0], list(VERBS))}; known: {', '.join(VERBS)}")
+    return VERBS[argv[0]](argv[1:])
+
+
+def train(argv: Sequence[str]) -> int:
+    """``quartet train RUN [a.b.c=value ...] [--resume]``."""
+    if "-h" in argv or "--help" in argv:
+        print(train_help(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), end="")
+        return 0
+    parser = run_parser("train")
+    parser.add_argument("--resume", action="store_true")
+    arguments = parser.parse_intermixed_args(argv)
+    run = resolve(arguments.run, arguments.overrides)
+
+    from launch import train as training  # noqa: PLC0415 - torch and ray load here, after the run is valid
+
+    try:
+        return training.main(run, resume=arguments.resume)
+    except ValueError:
+        if run.run_dir.is_dir():  # the message is on the terminal; where it came from must not be lost
+            (run.run_dir / "error.txt").write_text(traceback.format_exc())
+        raise
+
+
+def config(argv: Sequence[str]) -> int:
+    """``quartet config RUN [a.b.c=value ...]``."""
+    if "-h" in argv or "--help" in argv:
+        print("usage: quartet config RUN [a.b.c=value ...]\n\nPrints the run with every default filled in.")
+        return 0
+    arguments = run_parser("config").parse_intermixed_args(argv)
+    print(run_as_yaml(resolve(arguments.run, arguments.overrides)), end="")
+    return 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "config": config}
+
+
+def run_parser(verb: str) -> Parser:
+    parser = Parser(prog=f"quartet {verb}", add_help=False)
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("overrides", nargs="*", metavar="a.b.c=value")
+    return parser
+
+
+def train_help(*, colour: bool) -> str:
+    opening = (
+        "usage: quartet train RUN [a.b.c=value ...] [--resume]\n\n"
+        f"RUN is a YAML file, or a preset: {', '.join(presets()) or 'none yet'}.\n"
+        "Values are YAML: 0.5, true, null, [1, 2]. --resume goes on from the last checkpoint in run_dir.\n"
+    )
+    return opening + field_help.render([*field_help.run_sections(), *field_help.algorithm_sections()], colour=colour)
+
+
+def resolve(name: str, overrides: Sequence[str]) -> Run:
+    """The validated run behind a YAML path or the name of a preset."""
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        return load_run(Path(name), overrides)
+    known = presets()
+    if name not in known:
+        hint = nearest(name, known)
+        raise ValueError(f"unknown preset {name!r}{hint}; known: {', '.join(known) or 'none'}; or give a .yaml file")
+    with resources.as_file(resources.files(PRESETS) / f"{name}.yaml") as file:
+        return load_run(file, overrides)
+
+
+def presets() -> list[str]:
+    """Names of the YAML files in launch/presets/."""
+    files = (entry.name for entry in resources.files(PRESETS).iterdir())
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Ray, placement groups and the roster: the machines of a run, from a configuration to processes with names.
+
+Invariant: whatever the cluster cannot grant is said within ``placement.timeout_s``, with what was asked, what is there,
+and which number to change.
+"""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from orchestrator.config import Run
+from orchestrator.placement import Layout, Resources, layout, request, shortage
+
+WORKER_ENV = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "passive",
+}
+
+
+class PlacementError(RuntimeError):
+    """The cluster cannot grant what the run asks for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RosterLine:
+    """One process of the run; ``incarnation`` counts the processes that have held this role and rank."""
+
+    role: str
+    rank: int
+    pid: int
+    incarnation: int
+    node: str
+
+
+class Cluster(AbstractContextManager["Cluster"]):
+    """A Ray connection and the placement groups of the current stage. Leaving it ends what it started."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._groups: list[PlacementGroup] = []
+        self._address = run.ray_address or os.environ.get("RAY_ADDRESS")
+        self._roster: list[RosterLine] = []
+
+    def __enter__(self) -> Self:
+        for name, value in WORKER_ENV.items():
+            os.environ.setdefault(name, value)
+        if self._address is None:
+            # Without these two, Ray would write a token file into the home directory and read it back from there.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            local: dict[str, Any] = {"num_cpus": os.cpu_count(), "object_store_memory": 512 * 2**20}
+        else:
+            local = {"address": self._address}
+        ray.init(include_dashboard=False if self._address is None else None, logging_level="warning", log_to_driver=False, **local)
+        self.record(RosterLine(role="driver", rank=0, pid=os.getpid(), incarnation=0, node=ray.util.get_node_ip_address()))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+        ray.shutdown()
+
+    def place(self, roles: Sequence[str]) -> tuple[Layout, list[PlacementGroup]]:
+        """Reserves the devices of a stage; raises PlacementError when they are not granted in time."""
+        plan = layout(self._run, roles)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if self._address is None and (why := shortage(self._run, plan, nodes)):
+            raise PlacementError(why)
+        self._groups = [placement_group([*bundles], strategy="PACK") for bundles in plan.groups]
+        deadline = time.monotonic() + self._run.placement.timeout_s
+        for group in self._groups:
+            if not group.wait(max(0.1, deadline - time.monotonic())):
+                raise PlacementError(self._refusal(plan))
+        return plan, self._groups
+
+    def release(self) -> None:
+        """Gives the devices back."""
+        for group in self._groups:
+            remove_placement_group(group)
+        self._groups = []
+
+    def record(self, *lines: RosterLine) -> None:
+        """Writes the roster anew; a line replaces the one of the same role and rank."""
+        taken = {(line.role, line.rank) for line in lines}
+        self._roster = [line for line in self._roster if (line.role, line.rank) not in taken] + list(lines)
+        path = Path(self._run.run_dir) / "roster.json"
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps([asdict(line) for line in self._roster], indent=1))
+        draft.rename(path)
+
+    def forget(self) -> None:
+        """The workers of a stage have ended; the driver stays."""
+        self._roster = [line for line in self._roster if line.role == "driver"]
+        self.record()
+
+    def _refusal(self, plan: Layout) -> str:
+        nodes: list[Resources] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if why := shortage(self._run, plan, nodes):
+            return why
+        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+        return (
+            f"{request(self._run, plan)}\nwas not granted within placement.timeout_s={self._run.placement.timeout_s:g} s. "
+            f"The cluster is large enough, but only {free} is free now: wait for other jobs, or raise the timeout"
+        )

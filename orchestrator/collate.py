@@ -1,0 +1,62 @@
+"""Stacks sequences into records, and takes rows out of them. Padding is always on the right."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from orchestrator.batch import Batch, Examples, Experience, ScoredRollout
+
+R = TypeVar("R", Batch, Experience, Examples)
+
+
+def collate(scored: Sequence[ScoredRollout], *, pad_id: int) -> Batch:
+    """Stacks rollouts in the order given; ``groups`` are numbered by first appearance of a prompt's uid."""
+    rollouts = [s.rollout for s in scored]
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(r.prompt.uid, len(numbers)) for r in rollouts]
+    tokens = pad([r.tokens for r in rollouts], pad_id, torch.int64)
+    return Batch(
+        tokens=tokens,
+        attention_mask=attention([len(r.tokens) for r in rollouts], tokens.shape[1]),
+        action_mask=pad([r.action_mask for r in rollouts], False, torch.bool),
+        rollout_logprobs=pad([r.logprobs for r in rollouts], 0.0, torch.float32),
+        rewards=torch.tensor([s.reward for s in scored], dtype=torch.float32),
+        groups=torch.tensor(groups, dtype=torch.int64),
+        versions=torch.tensor([r.version for r in rollouts], dtype=torch.int64),
+    )
+
+
+def collate_examples(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, pad_id: int) -> Examples:
+    """Stacks (tokens, action_mask) rows."""
+    tokens = pad([row for row, _ in rows], pad_id, torch.int64)
+    return Examples(
+        tokens=tokens,
+        attention_mask=attention([len(row) for row, _ in rows], tokens.shape[1]),
+        action_mask=pad([mask for _, mask in rows], False, torch.bool),
+    )
+
+
+def pad(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+    """Rows of any length -> [B, T], filled on the right."""
+    T = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (T - len(row))] for row in rows], dtype=dtype)
+
+
+def attention(lengths: Sequence[int], width: int) -> Tensor:
+    """[B] lengths -> [B, T] bool, True on the first ``length`` columns."""
+    return torch.arange(width) < torch.tensor(lengths)[:, None]
+
+
+def take(records: R, rows: Tensor | Iterable[int]) -> R:
+    """The chosen rows, without the columns that only other rows needed."""
+    index = rows if isinstance(rows, Tensor) else torch.tensor(list(rows), dtype=torch.int64)
+    T = max(1, int(records.attention_mask[index].sum(1).max()))
+    changed = {}
+    for field in fields(records):
+        value = getattr(records, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = value[index, :T] if value.dim() == 2 else value[index]
+    return replace(records, **changed)

@@ -1,0 +1,58 @@
+"""Cuts an experience into optimizer steps and says what each token weighs in them.
+
+A learner's loss is ``(weights * token_loss).sum()`` over every rank and micro-batch. The weights of a
+minibatch sum to 1 over the whole minibatch, so the result cannot depend on how many ranks or micro-batches
+it was cut into (BUGS C1, C2, C4).
+"""
+
+from collections.abc import Iterator
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from orchestrator.batch import Experience, Minibatch
+from orchestrator.settings import Aggregate
+
+
+def minibatches(
+    experience: Experience, *, epochs: int, count: int, aggregate: Aggregate, constant_length: int, seed: int
+) -> Iterator[Minibatch]:
+    """``epochs`` passes in ``count`` equal steps each, shuffled by ``seed``.
+
+    Raises ValueError when the sequences do not divide evenly: a shorter last step would weigh its
+    sequences more than the others.
+    """
+    B = len(experience.tokens)
+    if B % count:
+        raise ValueError(f"{B} sequences do not split into {count} equal minibatches; pick a divisor of {B}")
+    shuffle = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.arange(B) if count == 1 else torch.randperm(B, generator=shuffle)
+        for rows in order.split(B // count):
+            mask = experience.action_mask[rows]
+            yield Minibatch(
+                records=experience, rows=rows, weights=token_weights(mask, aggregate, constant_length)
+            )
+
+
+def token_weights(mask: Tensor, aggregate: Aggregate, constant_length: int = 0) -> Tensor:
+    """[B, T] bool -> [B, T] float32, by one of three rules. Sequences with no token count nowhere.
+
+    token_mean: every token weighs the same (DAPO, arXiv:2503.14476 section 3.3).
+    sequence_mean: every sequence weighs the same, split over its tokens (GRPO, arXiv:2402.03300 eq. 3).
+    constant_length: 1 / (sequences x constant_length) (Dr. GRPO, arXiv:2503.20783); the one rule whose
+    weights do not sum to 1, because its divisor is the length allowed and not the length used.
+    """
+    ones = mask.float()
+    lengths = ones.sum(1, keepdim=True)
+    num_sequences = (lengths > 0).sum().clamp(min=1)
+    match aggregate:
+        case "token_mean":
+            return ones / ones.sum().clamp(min=1)
+        case "sequence_mean":
+            return ones / lengths.clamp(min=1) / num_sequences
+        case "constant_length":
+            return ones / constant_length / num_sequences
+        case _:
+            assert_never(aggregate)

@@ -1,0 +1,118 @@
+"""What the driver may ask of each role. It never learns which class answers.
+
+A worker in one process and a group of Ray workers have the same verbs; here are the group's, awaited by
+the driver. Every call has a deadline behind the handle, so an ``await`` ends with an answer or an error
+that names role, rank and verb.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from orchestrator.batch import Batch, Experience, Minibatch, Prompt, Rollout, ScoredRollout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightReceipt:
+    """What one end of a weight sync saw. Two ends agree when version and every checksum are equal."""
+
+    version: int
+    checksums: dict[str, int]  # tensor name -> checksum of its bytes as they travelled
+    who: str  # "actor rank 0", "engine 1 worker 0": for the message
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to draw a response. ``temperature`` 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+
+
+class Role(Protocol):
+    async def health(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Scorer(Role, Protocol):
+    async def score(self, batch: Batch) -> Tensor:
+        """[B, T] float32: log-probs (actor, reference) or values (critic); 0.0 off the action mask."""
+        ...
+
+
+class Learner(Scorer, Protocol):
+    async def update(self, minibatch: Minibatch) -> Metrics:
+        """Exactly one optimizer step over all ranks."""
+        ...
+
+    async def save(self, folder: Path) -> None: ...
+    async def load(self, folder: Path) -> None: ...
+    async def export(self, folder: Path) -> None:
+        """Writes a plain ``from_pretrained`` folder, tokenizer included."""
+        ...
+
+
+class Policy(Learner, Protocol):
+    async def send_weights(self, version: int) -> WeightReceipt: ...
+
+    async def logprobs(self, tokens: Sequence[int]) -> list[float]:
+        """The log-prob of every token but the first, at temperature 1: for the probe after a sync."""
+        ...
+
+
+class Engine(Role, Protocol):
+    async def generate(self, prompt: Prompt, num_samples: int, sampling: Sampling) -> list[Rollout]: ...
+    async def receive_weights(self, version: int) -> list[WeightReceipt]:
+        """One receipt for each worker of each engine, after the new weights are in force."""
+        ...
+
+    async def logprobs(self, tokens: Sequence[int]) -> list[list[float]]:
+        """For each engine what ``Policy.logprobs`` says of the same tokens."""
+        ...
+
+
+class Reward(Role, Protocol):
+    async def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """The handles of one run. A role the algorithm does not need is None and was never started."""
+
+    actor: Policy
+    engine: Engine
+    reward: Reward
+    critic: Learner | None = None
+    reference: Scorer | None = None
+
+    def learners(self) -> Iterator[tuple[str, Learner]]:
+        yield "actor", self.actor
+        if self.critic is not None:
+            yield "critic", self.critic
+
+    def all(self) -> Iterator[tuple[str, Role]]:
+        for field in fields(self):
+            if (role := getattr(self, field.name)) is not None:
+                yield field.name, role
+
+
+class Algorithm(Protocol):
+    """One file in ``orchestrator/algorithms/``: its own settings, its own advantages, its own loss."""
+
+    def roles(self) -> frozenset[str]:
+        """Those of "critic" and "reference" that this algorithm, as configured, needs."""
+        ...
+
+    def experience(self, batch: Batch, scores: dict[str, Tensor]) -> tuple[Experience, Metrics]:
+        """Rewards and scores ("actor", "critic", "reference": [B, T]) become advantages and targets."""
+        ...

@@ -1,0 +1,88 @@
+"""Ten-line stand-ins for the roles, so that the loop runs without Ray, torch models or an engine."""
+
+import asyncio
+import random
+from pathlib import Path
+
+import torch
+
+from orchestrator.batch import Prompt, Rollout, ScoredRollout, StopReason
+from orchestrator.roles import WeightReceipt
+
+
+def prompt(row: int = 0, uid: str | None = None) -> Prompt:
+    return Prompt(uid=uid or f"0/{row}", row=row, tokens=(1, 2), text="a", label="b")
+
+
+def rollout(p: Prompt, k: int = 0, *, version: int = 0, response: tuple[int, ...] = (5, 9)) -> Rollout:
+    size = len(response)
+    return Rollout(
+        uid=f"{p.uid}/{k}", prompt=p, tokens=(*p.tokens, *response), text="b", version=version, stop=StopReason.EOS,
+        action_mask=(*[False] * len(p.tokens), *[True] * size), logprobs=(*[0.0] * len(p.tokens), *[-1.0] * size),
+    )  # fmt: skip
+
+
+class Alive:
+    """Health and close of a role that has nothing to check or end."""
+
+    async def health(self):
+        pass
+
+    async def close(self):
+        pass
+
+
+class FakeEngine(Alive):
+    """Answers after a random moment with the version it serves."""
+
+    def __init__(self, checksum: int = 7):
+        self.version, self.checksum, self.seen = -1, checksum, []
+
+    async def generate(self, p, num_samples, sampling):
+        version = self.version
+        self.seen.append(p.uid)
+        await asyncio.sleep(random.random() * 0.003)
+        return [rollout(p, k, version=version) for k in range(num_samples)]
+
+    async def receive_weights(self, version):
+        self.version = version
+        return [WeightReceipt(version=version, checksums={"w": self.checksum}, who="engine 0", num_bytes=4)]
+
+    async def logprobs(self, tokens):
+        return [[-1.0] * (len(tokens) - 1)]
+
+
+class FakeReward(Alive):
+    """Sample k of a prompt earns k."""
+
+    async def score(self, rollouts):
+        return [ScoredRollout(rollout=r, reward=float(r.uid.rsplit("/")[-1])) for r in rollouts]
+
+
+class FakeLearner(Alive):
+    """Counts its updates; its log-probs and values are all -1."""
+
+    def __init__(self):
+        self.updates, self.weights = 0, []
+
+    async def score(self, batch):
+        return -torch.ones_like(batch.rollout_logprobs)
+
+    async def update(self, minibatch):
+        self.updates += 1
+        self.weights.append(float(minibatch.weights.sum()))
+        return {"loss": float(self.updates)}
+
+    async def send_weights(self, version):
+        return WeightReceipt(version=version, checksums={"w": 7}, who="actor rank 0", num_bytes=4)
+
+    async def logprobs(self, tokens):
+        return [-1.0] * (len(tokens) - 1)
+
+    async def save(self, folder: Path):
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(str(self.updates))
+
+ 
+    async def load(self, folder: Path):
+        self.updates = int((folder / "state").read_text())

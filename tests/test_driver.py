@@ -1,0 +1,143 @@
+"""Ledger, stream, balance, placement, publish and checkpoints: what the driver keeps straight."""
+
+import asyncio
+import json
+
+import pytest
+
+from orchestrator.balance import plan
+from orchestrator.checkpoint import CheckpointError, Checkpoints
+from orchestrator.configfile import load_run
+from orchestrator.ledger import Ledger, sample_seed
+from orchestrator.placement import layout, shortage
+from orchestrator.stream import RolloutStream
+from tests.fakes import FakeLearner, prompt
+
+
+def test_seeds_differ_between_neighbours_runs_and_epochs():
+    seeds = {sample_seed(run, f"{epoch}/{row}/{k}") for run in (0, 1) for epoch in (0, 1) for row in range(50) for k in range(4)}
+    assert len(seeds) == 2 * 2 * 50 * 4 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_an_epoch_holds_every_prompt_once_and_the_next_has_another_order():
+    stream = Ledger([prompt(row) for row in range(20)], seed=0).prompts()
+    first, second = ([next(stream).uid for _ in range(20)] for _ in range(2))
+    assert sorted(first) == sorted(f"0/{row}" for row in range(20))
+    assert [uid[2:] for uid in second] != [uid[2:] for uid in first]
+
+
+def test_a_ledger_refuses_the_state_of_another_prompt_set():
+    with pytest.raises(ValueError, match="num_prompts=9, this run 2; resume with the same prompts"):
+        Ledger([prompt(0), prompt(1)], seed=0).restore({"num_settled": 4, "num_prompts": 9, "seed": 0})
+
+
+def test_the_stream_returns_groups_in_order_and_never_runs_more_than_its_slots():
+    running = peak = 0
+
+    async def sample(item):
+        nonlocal running, peak
+        running += 1
+        peak = max(peak, running)
+        await asyncio.sleep(0.002 * (item % 3))
+        running -= 1
+        return item
+
+    async def consume():
+        taken = []
+        async with RolloutStream(iter(range(10**6)), sample, slots=4) as stream:
+            for _ in range(5):
+                taken += await stream.take(4)
+                stream.release(4)
+        return taken
+
+    assert asyncio.run(consume()) == list(range(20)) and peak <= 4
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_every_rank_gets_as_many_micro_batches_and_every_row_is_there_once(num_ranks):
+    lengths = [7, 3, 9, 2, 2, 8, 5]
+    shares = plan(lengths, num_ranks=num_ranks, token_budget=18)
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(row for share in shares for rows in share for row in rows) == list(range(7))
+    for rows in (rows for share in shares for rows in share if rows):
+        assert max(lengths[row] for row in rows) * len(rows) <= 18
+
+
+def test_pairs_stay_together_and_a_row_over_the_budget_is_refused():
+    shares = plan([4, 5, 9, 1, 2, 2], num_ranks=2, token_budget=18, unit=2)
+    assert sorted(row for share in shares for rows in share for row in rows) == list(range(6))
+    for rows in (rows for share in shares for rows in share if rows):
+        assert all((row ^ 1) in rows for row in rows)
+    with pytest.raises(ValueError, match="9 tokens do not fit micro_batch_tokens=8; set it to 9 or more"):
+        plan([9, 1], num_ranks=1, token_budget=8)
+
+
+def ppo_run(*overrides):
+    return load_run(None, ["model.path=m", "roles.reward.model=r", "rl.steps=1", *overrides])
+
+
+ROLES = ["actor", "critic", "reward", "reference", "engine"]
+
+
+def test_each_role_scales_by_its_own_number():
+    run = ppo_run("roles.actor.gpus=8", "roles.critic.gpus=4", "roles.reward.gpus=2", "roles.reference.gpus=1",
+                  "engine.replicas=2", "engine.tensor_parallel=4", "engine.gpus=8")  # fmt: skip
+    plan_ = layout(run, ROLES)
+    assert {role: len(seats) for role, seats in plan_.seats.items()} == {"actor": 8, "critic": 4, "reward": 2, "reference": 1, "engine": 2}
+    assert plan_.seats["engine"][0].resources["GPU"] == 4
+    assert sum(bundle["GPU"] for group in plan_.groups for bundle in group) == 8 + 4 + 2 + 1 + 8
+
+
+def test_roles_that_share_take_equal_parts_of_one_gpu():
+    run = ppo_run("placement.share=[[actor,reference]]", *(f"roles.{role}.gpus=2" for role in ROLES[:4]), "engine.gpus=1")
+    plan_ = layout(run, ROLES)
+    actor, reference = plan_.seats["actor"], plan_.seats["reference"]
+    assert [(seat.group, seat.bundle) for seat in actor] == [(seat.group, seat.bundle) for seat in reference]
+    assert actor[0].resources["GPU"] == reference[0].resources["GPU"] == 0.5
+    assert sum(bundle.get("GPU", 0) for group in plan_.groups for bundle in group) == 2 + 2 + 2 + 1
+
+
+def test_a_shortage_says_what_was_asked_what_is_there_and_which_number_to_change():
+    run = ppo_run("roles.critic.workers=6")
+    why = shortage(run, layout(run, ROLES), [{"CPU": 2.0}])
+    assert "critic: 6 worker(s) x 1 CPU" in why
+    assert "wants 10 CPU; the cluster has 2" in why
+    assert "lower roles.critic.workers or roles.critic.cpus_per_worker" in why
+    assert shortage(run, layout(run, ROLES), [{"CPU": 8.0}, {"CPU": 2.0}]) is None
+
+
+def save(checkpoints, learner, step):
+    return asyncio.run(checkpoints.save(step, {"actor": learner}, {"num_settled": step}))
+
+
+def test_a_checkpoint_comes_back_with_its_step_and_ledger(tmp_path):
+    checkpoints, learner = Checkpoints(tmp_path, keep=2), FakeLearner()
+    for step in (1, 2, 3):
+        learner.updates = 10 * step
+        save(checkpoints, learner, step)
+    folder, manifest = checkpoints.latest()
+    assert (manifest.step, manifest.ledger) == (3, {"num_settled": 3})
+    assert (folder / "actor" / "state").read_text() == "30"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, FakeLearner(), 1)
+    (tmp_path / "tmp-00000002" / "actor").mkdir(parents=True)
+    (tmp_path / "step-00000003").mkdir()
+    assert checkpoints.latest()[1].step == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    path = save(checkpoints, FakeLearner(), 1) / "actor" / "state"
+    path.unlink() if damage == "remove" else path.write_text({"flip": "1", "truncate": ""}[damage])
+    with pytest.raises(CheckpointError, match=r"actor/state (differs|is missing)"):
+        checkpoints.latest()
+
+
+def test_a_manifest_names_every_file(tmp_path):
+    folder = save(Checkpoints(tmp_path, keep=1), FakeLearner(), 5)
+    assert list(json.loads((folder / "manifest.json").read_text())["files"]) == ["actor/state"]

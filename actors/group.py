@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
+from actors.weights.wire import Address, Transport
 from orchestrator.balance import plan
 from orchestrator.batch import Batch, Examples, Minibatch, Records, Rollout, ScoredRollout
 from orchestrator.config import Deadlines
@@ -157,6 +158,16 @@ class LearnerGroup(ScorerGroup):
 
 class ActorGroup(LearnerGroup):
     """The policy's group: it also sends its weights and answers the probe."""
+
+    async def open_channel(self, transport: Transport, dtype: str, *, bucket_mb: int, world_size: int) -> Address:
+        """Where the engines find rank 0; ``world_size`` counts it and every vLLM worker."""
+        addresses = await asyncio.gather(
+            *(
+                w.call(w.handle.open_channel, transport, dtype, bucket_mb, world_size, w.deadlines.sync_s)
+                for w in self.workers
+            )
+        )
+        return addresses[0]
 
     async def send_weights(self, version: int) -> WeightReceipt:
         receipts = await asyncio.gather(

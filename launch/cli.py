@@ -1,7 +1,9 @@
-"""The command ``quartet``: reads the run, refuses what is wrong with it in a fraction of a second, then starts it.
+"""The command ``quartet``: reads the run, refuses what is wrong with it in a fraction of a second, then
+starts it.
 
-Invariant: nothing here imports torch or ray. ``launch.train``, which does, is imported after the run is valid, so a
-typo costs 0.3 s and no device. A ValueError is the user's to read: one line on stderr, exit status 2.
+Invariant: nothing here imports torch or ray. ``launch.train``, which does, is imported after the run is
+valid, so a typo costs 0.3 s and no device. A ValueError is the user's to read: one line on stderr, exit
+status 2.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from importlib import metadata, resources
 from pathlib import Path
@@ -29,10 +30,10 @@ usage: quartet VERB ...
 Trains language models from human feedback on Ray, DeepSpeed and vLLM.
 
 verbs
-  train RUN [a.b.c=value ...] [--resume]   train; RUN is a YAML file or a preset
-  config RUN [a.b.c=value ...]             print the run with every default filled in
-  --help, --version                        this text; the version
-  train --help                             every field of a run
+  train RUN [a.b.c=value ...] [--resume | --fresh]   train; RUN is a YAML file or a preset
+  config RUN [a.b.c=value ...]                       print the run with every default filled in
+  train --help                                       every field of a run
+  --help, --version                                  this text; the version
 
 presets
   {presets}
@@ -69,28 +70,23 @@ def dispatch(argv: Sequence[str]) -> int:
         print(f"quartet {metadata.version('quartet-rlhf')}")
         return 0
     if argv[0] not in VERBS:
-        raise ValueError(f"unknown verb {argv[0]!r}{nearest(argv[0], list(VERBS))}; known: {', '.join(VERBS)}")
+        raise ValueError(
+            f"unknown verb {argv[0]!r}{nearest(argv[0], list(VERBS))}; known: {', '.join(VERBS)}"
+        )
     return VERBS[argv[0]](argv[1:])
 
 
 def train(argv: Sequence[str]) -> int:
-    """``quartet train RUN [a.b.c=value ...] [--resume]``."""
+    """``quartet train RUN [a.b.c=value ...] [--resume | --fresh]``."""
     if "-h" in argv or "--help" in argv:
         print(train_help(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), end="")
         return 0
-    parser = run_parser("train")
-    parser.add_argument("--resume", action="store_true")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = train_parser().parse_intermixed_args(argv)
     run = resolve(arguments.run, arguments.overrides)
 
     from launch import train as training  # noqa: PLC0415 - torch and ray load here, after the run is valid
 
-    try:
-        return training.main(run, resume=arguments.resume)
-    except ValueError:
-        if run.run_dir.is_dir():  # the message is on the terminal; where it came from must not be lost
-            (run.run_dir / "error.txt").write_text(traceback.format_exc())
-        raise
+    return training.main(run, resume=arguments.resume, fresh=arguments.fresh)
 
 
 def config(argv: Sequence[str]) -> int:
@@ -113,13 +109,23 @@ def run_parser(verb: str) -> Parser:
     return parser
 
 
+def train_parser() -> Parser:
+    parser = run_parser("train")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--fresh", action="store_true")
+    return parser
+
+
 def train_help(*, colour: bool) -> str:
     opening = (
-        "usage: quartet train RUN [a.b.c=value ...] [--resume]\n\n"
+        "usage: quartet train RUN [a.b.c=value ...] [--resume | --fresh]\n\n"
         f"RUN is a YAML file, or a preset: {', '.join(presets()) or 'none yet'}.\n"
-        "Values are YAML: 0.5, true, null, [1, 2]. --resume goes on from the last checkpoint in run_dir.\n"
+        "Values are YAML: 0.5, true, null, [1, 2].\n"
+        "When run_dir holds a run: --resume goes on from its last checkpoint, --fresh starts over.\n"
     )
-    return opening + field_help.render([*field_help.run_sections(), *field_help.algorithm_sections()], colour=colour)
+    return opening + field_help.render(
+        [*field_help.run_sections(), *field_help.algorithm_sections()], colour=colour
+    )
 
 
 def resolve(name: str, overrides: Sequence[str]) -> Run:
@@ -129,7 +135,9 @@ def resolve(name: str, overrides: Sequence[str]) -> Run:
     known = presets()
     if name not in known:
         hint = nearest(name, known)
-        raise ValueError(f"unknown preset {name!r}{hint}; known: {', '.join(known) or 'none'}; or give a .yaml file")
+        raise ValueError(
+            f"unknown preset {name!r}{hint}; known: {', '.join(known) or 'none'}; or give a .yaml file"
+        )
     with resources.as_file(resources.files(PRESETS) / f"{name}.yaml") as file:
         return load_run(file, overrides)
 

@@ -6,11 +6,10 @@ and which number to change.
 
 import json
 import os
-import secrets
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,30 +17,15 @@ from typing import Any, Self
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from actors.worker import RosterLine
 from orchestrator.config import Run
 from orchestrator.placement import Layout, Resources, layout, request, shortage
 
-WORKER_ENV = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_WAIT_POLICY": "passive",
-}
+OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: a few batches of experience
 
 
 class PlacementError(RuntimeError):
     """The cluster cannot grant what the run asks for."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RosterLine:
-    """One process of the run; ``incarnation`` counts the processes that have held this role and rank."""
-
-    role: str
-    rank: int
-    pid: int
-    incarnation: int
-    node: str
 
 
 class Cluster(AbstractContextManager["Cluster"]):
@@ -54,17 +38,10 @@ class Cluster(AbstractContextManager["Cluster"]):
         self._roster: list[RosterLine] = []
 
     def __enter__(self) -> Self:
-        for name, value in WORKER_ENV.items():
-            os.environ.setdefault(name, value)
-        if self._address is None:
-            # Without these two, Ray would write a token file into the home directory and read it back from there.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            local: dict[str, Any] = {"num_cpus": os.cpu_count(), "object_store_memory": 512 * 2**20}
-        else:
-            local = {"address": self._address}
-        ray.init(include_dashboard=False if self._address is None else None, logging_level="warning", log_to_driver=False, **local)
-        self.record(RosterLine(role="driver", rank=0, pid=os.getpid(), incarnation=0, node=ray.util.get_node_ip_address()))
+        local = {"num_cpus": os.cpu_count(), "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        where: dict[str, Any] = local if self._address is None else {"address": self._address}
+        ray.init(logging_level="warning", log_to_driver=False, **where)
+        self.record(RosterLine(role="driver", rank=0, pid=os.getpid(), node=ray.util.get_node_ip_address()))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

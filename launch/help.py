@@ -1,4 +1,5 @@
-"""Turns the settings classes into ``quartet train --help``, so that a knob is documented in one place: under its field.
+"""Turns the settings classes into ``quartet train --help``, so that a knob is documented in one place: under
+its field.
 
 Example, one leaf as it is printed:
 
@@ -72,7 +73,9 @@ def algorithm_sections() -> list[Section]:
         settings = vars(plugins.find("orchestrator.algorithms", name)).get("CONFIG")
         if settings is not None:
             leaves = tuple(leaves_of(settings, "rl.algorithm.", settings()))
-            found.append(Section(title=f"rl.algorithm.name={name}", text=inspect.getdoc(settings) or "", leaves=leaves))
+            found.append(
+                Section(title=f"rl.algorithm.name={name}", text=inspect.getdoc(settings) or "", leaves=leaves)
+            )
     return found
 
 
@@ -85,7 +88,9 @@ def leaves_of(settings: type[Settings], prefix: str, defaults: Settings) -> Iter
             yield leaf(prefix + name, field, value)
         elif inner is Settings:  # whose class depends on a name: the algorithm
             known = " | ".join(plugins.names("orchestrator.algorithms"))
-            yield Leaf(path=f"{prefix}{name}.name", kind=known, default=value.name, text=field.description or "")
+            yield Leaf(
+                path=f"{prefix}{name}.name", kind=known, default=value.name, text=field.description or ""
+            )
         else:
             yield from leaves_of(inner, f"{prefix}{name}.", value or inner())
 

@@ -1,6 +1,7 @@
 """Reads and writes the run tree: defaults <- one YAML file <- ``a.b.c=value``. Nothing else can set a knob.
 
-Every complaint is a ValueError with the path of the field, the rule, the value and, for a name, its nearest neighbour.
+Every complaint is a ValueError with the path of the field, the rule, the value and, for a name, its nearest
+neighbour.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{file} holds {type(tree).__name__}; expected fields of a run, e.g. `model: {{path: ...}}`")
+        raise ValueError(
+            f"{file} holds {type(tree).__name__}; expected fields of a run, e.g. `model: {{path: ...}}`"
+        )
     return tree
 
 
@@ -62,7 +65,9 @@ def explain(error: ValidationError, tree: dict[str, Any]) -> list[str]:
         path = [str(part) for part in item["loc"]]
         if item["type"] == "extra_forbidden":
             known = known_fields(path[:-1], tree)
-            lines.append(f"unknown field {'.'.join(path)}{nearest(path[-1], known)}; known here: {', '.join(known)}")
+            lines.append(
+                f"unknown field {'.'.join(path)}{nearest(path[-1], known)}; known here: {', '.join(known)}"
+            )
         elif item["type"] == "value_error":
             lines.append(": ".join(filter(None, [".".join(path), str(item["ctx"]["error"])])))
         else:
@@ -77,7 +82,9 @@ def known_fields(path: Sequence[str], tree: dict[str, Any]) -> list[str]:
     settings: type[BaseModel] = Run
     for part in path:
         field = settings.model_fields.get(part)
-        inner = [t for t in (field.annotation, *get_args(field.annotation)) if is_settings(t)] if field else []
+        inner = (
+            [t for t in (field.annotation, *get_args(field.annotation)) if is_settings(t)] if field else []
+        )
         if not inner:
             return []
         settings = inner[0]
@@ -95,7 +102,8 @@ def write_run(run: Run, file: Path) -> None:
 
 
 def run_as_yaml(run: Run) -> str:
+    """Every field of the run with its value, in the order of the classes."""
     tree = run.model_dump(mode="json")
     if run.rl is not None:
-        tree["rl"]["algorithm"] = {"name": run.rl.algorithm.name, **tree["rl"]["algorithm"]}  # type: ignore[attr-defined]
+        tree["rl"]["algorithm"] = {"name": run.rl.algorithm.name, **tree["rl"]["algorithm"]}
     return yaml.safe_dump(tree, sort_keys=False)

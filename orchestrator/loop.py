@@ -79,12 +79,7 @@ async def score(roles: Roles, batch: Batch, rl: RL) -> dict[str, Tensor]:
 async def learn(roles: Roles, experience: Experience, rl: RL, *, seed: int) -> Metrics:
     """Every learner steps on the same minibatch at once; one call is one optimizer step."""
     history: list[Metrics] = []
-    for minibatch in minibatches(
-        experience,
-        **rl.updates.model_dump(),
-        constant_length=rl.sampling.max_new_tokens,
-        seed=seed,
-    ):
+    for minibatch in minibatches(experience, rl.updates, constant_length=rl.sampling.max_new_tokens, seed=seed):
         learners = dict(roles.learners())
         answers = await asyncio.gather(*(learner.update(minibatch) for learner in learners.values()))
         history.append({f"{role}/{k}": v for role, answer in zip(learners, answers, strict=True) for k, v in answer.items()})

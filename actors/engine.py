@@ -1,0 +1,269 @@
+"""The rollout engine: vLLM in this process's children, token-in token-out, with the actor's weights behind it.
+
+One ``EngineWorker`` is one replica. It never speaks text to vLLM: prompts go in as token ids, responses come out as token
+ids with the log-probs the sampler drew from, and each rollout names the oldest weights that produced one of its tokens.
+
+Who waits for whom: ``generate`` calls run side by side; ``receive_weights`` freezes them where they stand (vLLM's pause
+"keep"), waits for the sender, and lets them go on. Between start and finish of an update the model lies on ``meta``, so a
+step in between would kill the engine. The frozen requests are prefilled again: their old keys and values came from the old
+weights. When an update fails the engine holds half a model: it stays frozen, and every later call says why.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+
+from actors.weights.wire import Address, Transport
+from actors.worker import RosterLine
+from orchestrator.batch import Prompt, Rollout, StopReason
+from orchestrator.config import EngineConfig
+from orchestrator.roles import Sampling, WeightReceipt
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+Device = Literal["cpu", "cuda"]
+_CPU_KV_CACHE_MB = 256
+
+
+def environment(config: EngineConfig, device: Device) -> dict[str, str]:
+    """Variables that vLLM and its children read while they are imported; also for Ray's runtime environment."""
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if device == "cuda":
+        return quiet
+    # The CPU platform turns executor "uni" into "mp", a process more, unless this says otherwise.
+    single = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if config.tensor_parallel == 1 else {}
+    return quiet | single | {
+        "OMP_NUM_THREADS": str(config.threads),
+        "OMP_WAIT_POLICY": "passive",  # threads that spin on busy cores cost a factor of 30
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "TORCH_COMPILE_DISABLE": "1",  # otherwise the first generate compiles a log-prob function for 10 s
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+class EngineWorker:
+    """One vLLM replica. ``start`` before anything else."""
+
+    def __init__(
+        self,
+        *,
+        config: EngineConfig,
+        model: str,
+        revision: str | None,
+        dtype: str,
+        max_length: int,
+        index: int,
+        device: Device,
+        transport: Transport,
+    ) -> None:
+        os.environ.update(environment(config, device))
+        self._config, self._model, self._revision, self._dtype = config, model, revision, dtype
+        self._max_length, self._index, self._device, self._transport = max_length, index, device, transport
+        self._version = 0  # weights of the model folder
+        self._failure: str | None = None  # why this engine holds no usable weights
+        self._num_probes = 0
+
+    async def start(self) -> None:
+        """Loads the model. Blocks this process's event loop for some 8 s and more."""
+        from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415 - after the environment is set
+
+        self._llm = AsyncLLM.from_engine_args(self._arguments())
+        self._children = _processes(self._llm)
+        self._tokenizer, self._stop_ids = _tokenizer(self._model, self._revision)
+        await self._llm.update_weight_version(str(self._version))
+
+    def _arguments(self) -> Any:
+        from vllm import AsyncEngineArgs  # noqa: PLC0415
+        from vllm.config import WeightTransferConfig  # noqa: PLC0415
+
+        config, on_cpu = self._config, self._device == "cpu"
+        kv_cache_mb = config.kv_cache_mb or (_CPU_KV_CACHE_MB if on_cpu else None)
+        return AsyncEngineArgs(
+            model=self._model,
+            revision=self._revision,
+            dtype=config.dtype or self._dtype,
+            max_model_len=self._max_length,
+            tensor_parallel_size=config.tensor_parallel,
+            distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
+            kv_cache_memory_bytes=kv_cache_mb and kv_cache_mb << 20,
+            gpu_memory_utilization=config.gpu_memory_fraction,
+            max_num_seqs=config.max_num_seqs,
+            enforce_eager=on_cpu or config.eager,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",  # those of the distribution that was drawn from
+            skip_tokenizer_init=True,
+            worker_extension_cls="actors.weights.receivers.WorkerExtension",
+            weight_transfer_config=WeightTransferConfig(backend=f"quartet_{self._transport}"),
+            disable_log_stats=True,
+        )
+
+    async def generate(
+        self, prompt: Prompt, num_samples: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """One request per sample, each with its own seed; greedy log-probs are those at temperature 1.
+
+        The end-of-sequence token, where there is one, is the last sampled token. ValueError for a prompt without room.
+        """
+        self._refuse_if_broken()
+        if len(seeds) != num_samples:
+            raise ValueError(f"{len(seeds)} seeds for {num_samples} samples of prompt {prompt.uid}; give one each")
+        if len(prompt.tokens) >= self._max_length:
+            raise ValueError(
+                f"prompt {prompt.uid} (row {prompt.row}) has {len(prompt.tokens)} tokens and leaves no room in "
+                f"model.max_length={self._max_length}; drop it (too_long: drop) or raise model.max_length"
+            )
+        async with asyncio.TaskGroup() as group:  # one failure cancels, and thereby aborts, its siblings
+            tasks = [group.create_task(self._sample(prompt, k, sampling, seed)) for k, seed in enumerate(seeds)]
+        return [task.result() for task in tasks]
+
+    async def _sample(self, prompt: Prompt, sample: int, sampling: Sampling, seed: int) -> Rollout:
+        uid, version = f"{prompt.uid}/{sample}", self._version
+        output = await self._request(
+            prompt.tokens,
+            uid,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed,
+            max_tokens=min(sampling.max_new_tokens, self._max_length - len(prompt.tokens)),
+            stop_token_ids=self._stop_ids,
+            ignore_eos=True,  # stop_token_ids has the end-of-sequence ids
+            logprobs=0,
+        )
+        completion = output.outputs[0]
+        response = tuple(completion.token_ids)
+        reasons = {"stop": StopReason.EOS, "length": StopReason.LENGTH}
+        if completion.finish_reason not in reasons:
+            raise RuntimeError(f"engine {self._index} ended {uid} with {completion.finish_reason!r}")
+        spans = completion.weight_versions or []
+        scores = tuple(entry[token].logprob for entry, token in zip(completion.logprobs, response, strict=True))
+        return Rollout(
+            uid=uid,
+            prompt=prompt,
+            tokens=prompt.tokens + response,
+            action_mask=(False,) * len(prompt.tokens) + (True,) * len(response),
+            logprobs=(0.0,) * len(prompt.tokens) + scores,
+            text=self._tokenizer.decode(response, skip_special_tokens=True),
+            version=min((int(span.version) for span in spans), default=version),
+            stop=reasons[completion.finish_reason],
+        )
+
+    async def logprobs(self, tokens: Sequence[int]) -> list[float]:
+        """log p(tokens[t] | tokens[:t]) for t = 1, 2, ... at temperature 1, through the engine's own lm_head."""
+        self._refuse_if_broken()
+        self._num_probes += 1
+        output = await self._request(
+            tokens, f"probe/{self._num_probes}", temperature=0, max_tokens=1, prompt_logprobs=0
+        )
+        rows = output.prompt_logprobs[1:]
+        return [row[token].logprob for row, token in zip(rows, tokens[1:], strict=True)]
+
+    async def _request(self, tokens: Sequence[int], uid: str, **sampling: Any) -> "RequestOutput":
+        stream = self._llm.generate({"prompt_token_ids": list(tokens)}, _final_only(**sampling), uid)
+        async with aclosing(stream) as outputs:
+            async for output in outputs:
+                return output
+        raise RuntimeError(f"engine {self._index} gave no answer to request {uid}")
+
+    async def join_weights(self, address: Address, rank_offset: int) -> None:
+        """Tells the workers where the sender is. Waits for nobody; again after every ``Sender.open``."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest  # noqa: PLC0415
+
+        request = WeightTransferInitRequest(init_info=address.plain(rank_offset))
+        await self._llm.init_weight_transfer_engine(request)
+
+    async def receive_weights(self, version: int) -> list[WeightReceipt]:
+        """Returns when the new weights are in force and nothing of the old ones is cached."""
+        self._refuse_if_broken()
+        self._failure = f"update to version {version} has not finished"
+        try:
+            receipts = await self._update(version)
+        except Exception as error:
+            self._failure = f"update to version {version} failed: {error}"
+            raise
+        self._version, self._failure = version, None
+        await self._llm.resume_generation()
+        who = f"engine {self._index} worker"
+        return [
+            WeightReceipt(version=r["version"], checksums=r["checksums"], who=f"{who} {r['worker']}", num_bytes=r["num_bytes"])
+            for r in receipts
+        ]
+
+    async def _update(self, version: int) -> list[dict[str, Any]]:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # noqa: PLC0415
+
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
+        await self._llm.finish_weight_update(weight_version=str(version))
+        if not await self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM kept its prefix cache: keys and values of old weights would be reused")
+        return await self._llm.collective_rpc("weight_receipt")
+
+    def _refuse_if_broken(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(f"engine {self._index} has no usable weights: {self._failure}; restart it")
+
+    async def health(self) -> None:
+        self._refuse_if_broken()
+        await self._llm.check_health()
+        if missing := [pid for pid in self._children if not psutil.pid_exists(pid)]:
+            raise RuntimeError(f"engine {self._index} lost its child processes {missing}")
+
+    async def pids(self) -> list[int]:
+        """vLLM's processes: the engine core, and a worker each when tensor_parallel > 1."""
+        return list(self._children)
+
+    async def describe(self) -> list[RosterLine]:
+        """This process, then vLLM's, for roster.json."""
+        node = socket.gethostname()
+        own = RosterLine(role="engine", rank=self._index, pid=os.getpid(), node=node)
+        children = [
+            RosterLine(role=f"engine {self._index} child", rank=k, pid=pid, node=node)
+            for k, pid in enumerate(self._children)
+        ]
+        return [own, *children]
+
+    async def close(self) -> None:
+        """Ends the children; after five seconds by force."""
+        self._llm.shutdown(timeout=5)
+        left = [psutil.Process(pid) for pid in self._children if psutil.pid_exists(pid)]
+        for process in psutil.wait_procs(left, timeout=5)[1]:
+            process.kill()
+        del self._llm  # its destructor shuts down again, too late when the interpreter does
+
+
+def _final_only(**sampling: Any) -> "SamplingParams":
+    from vllm import SamplingParams  # noqa: PLC0415
+    from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
+
+    return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False, **sampling)
+
+
+def _tokenizer(model: str, revision: str | None) -> tuple[Any, list[int]]:
+    """The tokenizer, and every id that ends a response: the tokenizer's and those of the generation config."""
+    from transformers import AutoTokenizer, GenerationConfig  # noqa: PLC0415
+
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    ends = {tokenizer.eos_token_id} - {None}
+    try:
+        declared = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+    except OSError:  # the folder has no generation_config.json
+        declared = None
+    ends |= set(declared if isinstance(declared, list) else [declared]) - {None}
+    if not ends:
+        raise ValueError(f"{model} names no end-of-sequence token; set eos_token in its tokenizer")
+    return tokenizer, sorted(ends)
+
+
+def _processes(llm: "AsyncLLM") -> list[int]:
+    """vLLM's engine core and what it started; not Python's resource tracker, which ends by itself."""
+    cores = [psutil.Process(process.pid) for process in llm.engine_core.resources.engine_manager.processes]
+    return sorted(p.pid for core in cores for p in [core, *core.children(recursive=True)])

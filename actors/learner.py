@@ -1,0 +1,152 @@
+"""A role under training: one optimizer step from this rank's part of a minibatch.
+
+The weights of a minibatch sum to 1 over all ranks, each rank's loss is ``(weights * values).sum()`` over its own rows, and
+gradients are summed: so the step cannot depend on the number of ranks or micro-batches, or on padding.
+
+Every rank runs the same number of micro-batches (each forward pass is a collective under ZeRO-3). A rank without rows for
+one of them gets an empty list and runs row 0 with weights of zero.
+"""
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from actors.backend import Backend
+from actors.model import LanguageModel
+from actors.worker import Worker
+from orchestrator.batch import Batch, Examples, Experience, Loss, Minibatch
+from orchestrator.collate import take
+from orchestrator.config import Model, Optimizer
+
+MicroBatches = Sequence[Sequence[int]]  # each a list of positions into the rows of a minibatch or batch
+LossFunction = Callable[[Any, Any], Loss]  # (what the model says, the records it says it of) -> Loss
+R = TypeVar("R", Batch, Experience, Examples)
+
+
+class Learner(Worker):
+    """Wraps a model and its loss. Subclasses say which model, and what it is asked."""
+
+    def __init__(self, *, model: Model, optimizer: Optimizer, total_steps: int, loss: LossFunction) -> None:
+        self.model, self.optimizer, self.total_steps, self.loss = model, optimizer, total_steps, loss
+
+    @abstractmethod
+    def load_model(self) -> LanguageModel:
+        """Equal on every rank."""
+
+    @abstractmethod
+    def output(self, part: Any) -> Any:
+        """What the loss function gets of some rows."""
+
+    @abstractmethod
+    def figures(self, part: Any) -> Tensor:
+        """What ``score`` answers of some rows, [b, T] or [b]."""
+
+    def start(self) -> None:
+        self.backend = Backend(self.load_model(), self.optimizer, total_steps=self.total_steps)
+
+    def update(self, minibatch: Minibatch, micro_batches: MicroBatches) -> dict[str, float]:
+        """Exactly one optimizer step over all ranks; the same figures on every rank.
+
+        ``loss`` and ``num_tokens`` are sums over the minibatch, the loss's own metrics are means by weight.
+        """
+        if not micro_batches:
+            raise ValueError(f"{self.role} rank {self.rank} got no micro-batch; give it [[]] to take part without rows")
+        sums: dict[str, float] = defaultdict(float)
+        for number, positions in enumerate(micro_batches, start=1):
+            part, weights = self._cut(minibatch, positions)
+            loss = self.loss(self.output(part), part)
+            if loss.values.shape != weights.shape:
+                raise ValueError(
+                    f"{self.role}: the loss has shape {tuple(loss.values.shape)} but its weights {tuple(weights.shape)}"
+                )
+            total = _weigh(loss.values, weights)
+            self.backend.accumulate(total, last=number == len(micro_batches))
+            sums["loss"] += float(total.detach())
+            sums["num_tokens"] += float(part.action_mask.sum()) if positions else 0.0
+            sums["weight"] += float(weights.sum())
+            for name, figure in loss.metrics.items():
+                sums[f"metrics/{name}"] += float(_weigh(figure, weights))
+        return _means(self._add_over_ranks(sums)) | self.backend.step()
+
+    def update_rows(
+        self, records: Experience | Examples, rows: Tensor, weights: Tensor, micro_batches: MicroBatches
+    ) -> dict[str, float]:
+        """``update`` as Ray calls it: the records are an argument of their own, so that they travel by reference."""
+        return self.update(Minibatch(records=records, rows=rows, weights=weights), micro_batches)
+
+    @torch.no_grad()
+    def score(self, batch: Batch | Examples, micro_batches: MicroBatches) -> Tensor:
+        """[n, T] (or [n]) float32 of this rank's rows, in the order of the concatenated micro-batches."""
+        T = batch.tokens.shape[1]
+        answers = []
+        for rows in micro_batches:
+            answer = self.figures(to_device(take(batch, rows or [0]), self.device)).float().cpu()
+            answers.append((F.pad(answer, (0, T - answer.shape[1])) if answer.dim() == 2 else answer)[: len(rows)])
+        return torch.cat(answers)
+
+    def save(self, folder: Path) -> None:
+        """The whole training state; each rank writes its part."""
+        self.backend.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.backend.load(folder)
+
+    def export(self, folder: Path) -> None:
+        """A plain ``from_pretrained`` folder, with the tokenizer of the model it came from."""
+        self.backend.export(folder)
+        if self.rank == 0 and _has_tokenizer(self.model.path):
+            AutoTokenizer.from_pretrained(self.model.path, revision=self.model.revision).save_pretrained(folder)
+
+    def close(self) -> None:
+        self.backend.close()
+        super().close()
+
+    def _cut(self, minibatch: Minibatch, positions: Sequence[int]) -> tuple[Any, Tensor]:
+        """The rows at these positions and their weights, both without the columns that only other rows needed."""
+        index = torch.tensor(list(positions) or [0])
+        part = to_device(take(minibatch.records, minibatch.rows[index]), self.device)
+        weights = minibatch.weights[index].to(self.device)
+        if weights.dim() == 2:
+            weights = weights[:, : part.tokens.shape[1]]
+        return part, weights if positions else torch.zeros_like(weights)
+
+    def _add_over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
+        """In one call. The keys are those of the loss function: the same, in the same order, on every rank."""
+        flat = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(flat)
+        return dict(zip(sums, flat.tolist(), strict=True))
+
+
+def to_device(records: R, device: torch.device) -> R:
+    if device.type == "cpu":
+        return records
+    tensors = {f.name: getattr(records, f.name) for f in fields(records)}
+    return replace(records, **{n: t.to(device) for n, t in tensors.items() if isinstance(t, Tensor)})
+
+
+def _weigh(values: Tensor, weights: Tensor) -> Tensor:
+    """Sum of weights x values; a value of weight 0 does not count even when it is NaN (BUGS C5)."""
+    return torch.where(weights != 0, weights * values, 0.0).sum()
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    """Metrics divided by the weight they were summed with, which is not 1 under constant_length."""
+    weight = sums["weight"] or 1.0
+    metrics = {n.removeprefix("metrics/"): s / weight for n, s in sums.items() if n.startswith("metrics/")}
+    return {"loss": sums["loss"], "num_tokens": sums["num_tokens"]} | metrics
+
+
+def _has_tokenizer(path: str) -> bool:
+    """A Hub id is taken to have one; a local folder shows."""
+    folder = Path(path)
+    return not folder.is_dir() or (folder / "tokenizer_config.json").exists()

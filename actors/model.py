@@ -1,0 +1,234 @@
+"""Hugging Face models seen as RLHF sees them: log-probs, values and scores of the tokens they are shown.
+
+This is the only file that shifts tokens by one. A causal model's hidden state at t-1 speaks about the token at t;
+everything that leaves this file is already at t, and 0.0 where nothing was asked.
+
+Each wrapper keeps the Hugging Face model whole under ``.model`` and only replaces its last layer by one that answers the
+question (a token's log-prob, a scalar), with the same parameter names: the folder it saves is a plain
+``from_pretrained`` folder. The answer is computed inside a module's own ``forward`` because that is where ZeRO-3 gathers
+the layer's parameters.
+"""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import PretrainedConfig, PreTrainedModel
+
+from orchestrator.config import Model
+
+LOGITS_PER_BLOCK = 2**25  # 128 MiB in float32; more are recomputed block by block in the backward pass
+
+
+class LanguageModel(nn.Module):
+    """What the trained and the frozen wrappers share: a backbone run with positions of our own."""
+
+    def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool) -> None:
+        super().__init__()
+        self.model = model
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def hidden_states(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, T] -> [B, T, d]. Positions count attended tokens, whichever side the padding is on (BUGS A1).
+
+        Padding on the right needs no mask: no token looks to its right, so attention keeps its fast causal path.
+        """
+        if bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
+            mask, positions = None, torch.arange(tokens.shape[1], device=tokens.device)[None]
+        else:
+            mask, positions = attention_mask, (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        output = self.model.base_model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, return_dict=True
+        )
+        return output.last_hidden_state
+
+    def write(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """A plain ``from_pretrained`` folder with the weights given (the live ones may be sharded)."""
+        self.model.save_pretrained(folder, state_dict=weights)
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: Model, *, head_seed: int | None = None) -> "LanguageModel":
+        """Reads a folder or Hub id; ``head_seed`` seeds a head that the folder does not have."""
+
+
+class TokenHead(nn.Module):
+    """An ``lm_head`` that answers log-probs of given tokens, so that [tokens, vocabulary] is never kept whole."""
+
+    def __init__(self, head: nn.Linear, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias  # the same parameters, so a tied embedding stays tied
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+
+    def forward(
+        self, states: Tensor, targets: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """[N, d], [N] -> log-prob of each target and, if asked, the entropy there, [N] float32 each."""
+        rows = max(1, LOGITS_PER_BLOCK // self.weight.shape[0])
+        if len(states) <= rows:
+            return self._block(states, targets, temperature, entropy)
+        blocks = [
+            checkpoint(self._block, s, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
+            for s, t in zip(states.split(rows), targets.split(rows), strict=True)
+        ]
+        logprobs, entropies = zip(*blocks, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+
+    def _block(
+        self, states: Tensor, targets: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        logits = F.linear(states, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        logits = logits.float()
+        every = F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+        logprobs = every.gather(-1, targets[:, None]).squeeze(-1)
+        return logprobs, -(every.exp() * every).sum(-1) if entropy else None
+
+
+class ScalarHead(nn.Module):
+    """A ``score`` layer whose arithmetic is float32: bfloat16 would leave a value two digits."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., d] -> [...] float32."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(states.float(), self.weight.float(), bias).squeeze(-1)
+
+
+class PolicyModel(LanguageModel):
+    """A causal language model that says how likely given tokens are."""
+
+    def forward(
+        self, tokens: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """log p(tokens[b, t] | tokens[b, :t]) and the entropy there, [B, T] float32, 0.0 where ``mask`` is False.
+
+        The vocabulary is computed for the positions of the mask only. The first token has nothing before it: 0.0.
+        Plain tensors, not a record: DeepSpeed looks for tensors in tuples to hang its hooks on.
+        """
+        asked = mask.clone()
+        asked[:, 0] = False
+        at = asked.flatten().nonzero().squeeze(1)
+        states = self.hidden_states(tokens, attention_mask).flatten(0, 1).index_select(0, at - 1)
+        found = self.model.get_output_embeddings()(states, tokens.flatten()[at], temperature, entropy)
+        blank = states.new_zeros(tokens.numel(), dtype=torch.float32)
+        placed = [None if x is None else blank.index_copy(0, at, x).view(tokens.shape) for x in found]
+        return placed[0], placed[1]  # type: ignore[return-value]
+
+    @classmethod
+    def load(cls, source: Model, *, head_seed: int | None = None) -> "PolicyModel":
+        """Raises ValueError for a model whose logits are not those of its ``lm_head`` (see ``_check_head``)."""
+        model = AutoModelForCausalLM.from_pretrained(source.path, config=_config(source), **_options(source))
+        probe = torch.arange(1, 6)[None] % model.config.get_text_config().vocab_size
+        with torch.no_grad():
+            expected = F.log_softmax(model(input_ids=probe, use_cache=False).logits.float(), dim=-1)
+        model.set_output_embeddings(TokenHead(model.get_output_embeddings(), model.config.get_text_config()))
+        policy = cls(model, source.gradient_checkpointing)
+        _check_head(policy, probe, expected)
+        return policy
+
+
+class ValueModel(LanguageModel):
+    """A backbone with one scalar per token: the critic. A head it does not find in the folder starts at zero."""
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+        """Value of the state BEFORE each token, [B, T] float32, 0.0 where ``mask`` is False (BUGS A3)."""
+        after = self.model.score(self.hidden_states(tokens, attention_mask))
+        before = F.pad(after[:, :-1], (1, 0))
+        return torch.where(mask, before, 0.0)  # not a product: NaN x 0 is NaN (BUGS C5)
+
+    @classmethod
+    def load(cls, source: Model, *, head_seed: int | None = None) -> "ValueModel":
+        return cls(_load_scalar(source, head_seed), source.gradient_checkpointing)
+
+
+class ScoreModel(LanguageModel):
+    """A backbone with one scalar per sequence: the reward model."""
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """Score at the last attended token, [B] float32, wherever the padding is (BUGS A5)."""
+        columns = torch.arange(tokens.shape[1], device=tokens.device)
+        last = torch.where(attention_mask, columns, -1).max(1).values
+        states = self.hidden_states(tokens, attention_mask)
+        return self.model.score(states[torch.arange(len(last), device=last.device), last])
+
+    @classmethod
+    def load(cls, source: Model, *, head_seed: int | None = None) -> "ScoreModel":
+        return cls(_load_scalar(source, head_seed), source.gradient_checkpointing)
+
+
+def _config(source: Model, **changes: Any) -> PretrainedConfig:
+    """The model's configuration with every dropout at 0: with dropout on, two looks at one token disagree (BUGS A13)."""
+    config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False, **changes)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
+def _options(source: Model) -> dict[str, Any]:
+    return {
+        "revision": source.revision,
+        "dtype": getattr(torch, source.dtype),
+        "attn_implementation": source.attention,
+        "trust_remote_code": False,
+    }
+
+
+def _load_scalar(source: Model, head_seed: int | None) -> PreTrainedModel:
+    """A sequence classifier with one label. Where the folder has no head (a causal model's), it starts at zero, or
+    from N(0, 1 / (d + 1)) seeded by ``head_seed`` (arXiv:2009.01325, appendix B.1): equal on all ranks."""
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        source.path, config=_config(source, num_labels=1), output_loading_info=True, **_options(source)
+    )
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ValueError(
+            f"{source.path}: {type(model).__name__} has no linear `score` layer with one output; use a decoder model "
+            "that AutoModelForSequenceClassification gives such a layer (Llama, Qwen, Gemma, GPT-2, ...)"
+        )
+    missing = [name for name in report["missing_keys"] if not name.startswith("score.")]
+    if missing:
+        raise ValueError(f"{source.path} lacks weights of {type(model).__name__}: {missing[:5]}; is it the right folder?")
+    if report["missing_keys"]:
+        with torch.no_grad():
+            head.weight.zero_()
+            if head_seed is not None:
+                seeded = torch.Generator().manual_seed(head_seed)
+                noise = torch.randn(head.weight.shape, generator=seeded) / (head.in_features + 1) ** 0.5
+                head.weight.copy_(noise)
+    model.score = ScalarHead(head)
+    if model.config.pad_token_id is None:  # the saved folder: Transformers refuses to classify a batch without one
+        eos = model.config.eos_token_id
+        model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos or 0
+    return model
+
+
+@torch.no_grad()
+def _check_head(policy: PolicyModel, probe: Tensor, expected: Tensor) -> None:
+    """Compares our log-probs of a few tokens with the model's own, once at load: an architecture that changes its
+    logits after ``lm_head`` in a way ``TokenHead`` does not know would otherwise train silently on wrong numbers."""
+    ones = torch.ones_like(probe, dtype=torch.bool)
+    ours = policy(probe, ones, ones, 1.0, False)[0][:, 1:]
+    theirs = expected[:, :-1].gather(-1, probe[:, 1:, None]).squeeze(-1)
+    worst = float((ours - theirs).abs().max())
+    if not worst <= (0.1 if policy.model.dtype == torch.bfloat16 else 1e-3):
+        raise ValueError(
+            f"{type(policy.model).__name__} changes its logits after lm_head in an unknown way (log-probs off by "
+            f"{worst:.3g}); add the change to actors/model.py:TokenHead"
+        )

@@ -1,0 +1,167 @@
+"""The engine's end: vLLM's weight-transfer engines, tapped. Imported in every vLLM worker, before the model loads.
+
+vLLM imports the module of ``worker_extension_cls`` in each worker; importing this one registers the three transports. A
+tap stands between the transport and ``model.load_weights`` and takes the checksum of every tensor as it arrived. vLLM's
+own life cycle stays: layers are re-created on ``meta`` at the start, loaded one by one, and put back at the end.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from actors.weights import gloo
+from actors.weights.checksum import digest, resolve
+from actors.weights.wire import TensorMeta, num_bytes, plan
+
+
+@dataclass(kw_only=True)  # vLLM's base is not frozen, so this cannot be
+class ReceiverInit(WeightTransferInitInfo):
+    """``wire.Address.plain``: names and shapes come once, at the opening."""
+
+    host: str
+    port: int
+    rank_offset: int
+    world_size: int
+    dtype: str
+    bucket_bytes: int
+    timeout_s: float
+    names: list[str]
+    shapes: list[list[int]]
+
+    def tensors(self) -> list[TensorMeta]:
+        pairs = zip(self.names, self.shapes, strict=True)
+        return [TensorMeta(name=name, shape=tuple(shape)) for name, shape in pairs]
+
+
+@dataclass(kw_only=True)  # vLLM's base is not frozen, so this cannot be
+class ReceiverUpdate(WeightTransferUpdateInfo):
+    version: int
+
+
+class Tap:
+    """Has the one method that transports call on a model, and remembers what went through."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self.digests: dict[str, Tensor] = {}
+        self.missing = {name for name, _ in model.named_parameters()}  # vLLM's names: q, k and v are one
+
+    def load_weights(self, pairs: Iterable[tuple[str, Tensor]]) -> set[str] | None:
+        loaded = self._model.load_weights(self._watch(pairs))
+        self.missing -= self.missing if loaded is None else loaded  # some models do not say, as when loading from disk
+        return loaded
+
+    def _watch(self, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in pairs:
+            self.digests[name] = digest(tensor)
+            yield name, tensor
+
+
+class TappedReceiver(WeightTransferEngine[ReceiverInit, ReceiverUpdate]):
+    """What the transports share; each says how it joins and how an update arrives.
+
+    Joining waits until the first update: the sender's ``open`` and the engine's ``join_weights`` then wait for nobody.
+    """
+
+    init_info_cls = ReceiverInit
+    update_info_cls = ReceiverUpdate
+
+    def init_transfer_engine(self, init_info: ReceiverInit) -> None:
+        self.shutdown()
+        self.address, self.joined = init_info, False
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ReceiverUpdate) -> None:
+        if not self.joined:
+            self.join()
+            self.joined = True
+        model, self.tap = self.model, Tap(self.model)
+        self.model = self.tap  # type: ignore[assignment]
+        try:
+            with torch.no_grad():
+                self.version = self.arrive(update_info.version)
+        finally:
+            self.model = model
+        if self.tap.missing:
+            raise ValueError(f"the sender left out {sorted(self.tap.missing)[:5]}: vLLM would keep their old values")
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        refresh_embeddings(self.model)
+
+    def receipt(self) -> dict[str, Any]:
+        total = num_bytes(self.address.tensors(), getattr(torch, self.address.dtype))
+        return {"version": self.version, "checksums": resolve(self.tap.digests), "num_bytes": total}
+
+    def join(self) -> None:
+        """Blocks until the sender and all workers have come."""
+        raise NotImplementedError
+
+    def arrive(self, version: int) -> int:
+        """Passes every tensor to ``self.model.load_weights``; returns the version that the sender sent."""
+        raise NotImplementedError
+
+    def rank(self) -> int:
+        parallel = self.parallel_config
+        return self.address.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+
+
+def refresh_embeddings(model: torch.nn.Module) -> None:
+    """vLLM's CPU kernels keep a packed copy of ``lm_head`` made at load time, and with tied embeddings the layerwise
+    reload does not refresh it: logits would stay those of the first weights, 2.5 nats off, without an error."""
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
+            module.quant_method.process_weights_after_loading(module)
+
+
+class GlooReceiver(TappedReceiver):
+    def join(self) -> None:
+        at = self.address
+        self._store = gloo.connect(at.host, at.port, at.timeout_s)  # must outlive the group
+        self._group = gloo.join(self._store, self.rank(), at.world_size, at.timeout_s)
+        self._dtype = getattr(torch, at.dtype)
+        self._buckets = plan(at.tensors(), self._dtype, at.bucket_bytes)
+
+    def arrive(self, version: int) -> int:
+        sent = gloo.receive_version(self._group)
+        pairs = gloo.receive(self._group, self._buckets, self._dtype)
+        self.model.load_weights((name, tensor.to(self.device)) for name, tensor in pairs)
+        return sent
+
+    def shutdown(self) -> None:
+        self._group = self._store = None
+
+
+class WorkerExtension:
+    """Methods that vLLM adds to its worker class, for ``collective_rpc``."""
+
+    rank: int
+    weight_transfer_engine: TappedReceiver
+
+    def weight_receipt(self) -> dict[str, Any]:
+        return {"worker": self.rank, **self.weight_transfer_engine.receipt()}
+
+
+def register() -> None:
+    """vLLM refuses a second registration, and a worker that was forked from one has the first."""
+    known = WeightTransferEngineFactory._registry
+    if "quartet_gloo" not in known:
+        WeightTransferEngineFactory.register_engine("quartet_gloo", GlooReceiver)
+        WeightTransferEngineFactory.register_engine("quartet_nccl", "actors.weights.nccl", "NcclReceiver")
+        WeightTransferEngineFactory.register_engine("quartet_ipc", "actors.weights.ipc", "IpcReceiver")
+
+
+register()

@@ -1,0 +1,127 @@
+"""From a configuration to role handles: which class in which seat, with which weights. Nothing else knows the classes."""
+
+import asyncio
+from typing import Any, TypeVar
+
+from ray.util.placement_group import PlacementGroup
+
+from actors.actor import Actor
+from actors.critic import Critic
+from actors.group import (
+    ActorGroup,
+    LearnerGroup,
+    ObjectStore,
+    PairLearnerGroup,
+    RewardGroup,
+    ScorerGroup,
+    WorkerGroup,
+    spawn,
+)
+from actors.learner import LossFunction
+from actors.reference import Reference
+from actors.reward import RewardLearner, RewardModel
+from actors.reward_function import FunctionReward
+from actors.worker import RosterLine
+from launch.cluster import Cluster
+from launch.engines import connect_weights, start_engines
+from launch.environment import WORKER_ENV
+from orchestrator.config import Model, Optimizer, Run, Workers
+from orchestrator.placement import Layout
+from orchestrator.roles import Role, Roles
+
+G = TypeVar("G", bound=WorkerGroup)
+
+
+class Crew:
+    """The workers of one stage, started together and ended together."""
+
+    def __init__(self, run: Run, cluster: Cluster, roles: list[str]) -> None:
+        """Reserves the devices; raises PlacementError when the cluster does not grant them."""
+        self.run, self.cluster = run, cluster
+        self.layout: Layout
+        self.groups: list[PlacementGroup]
+        self.layout, self.groups = cluster.place(roles)
+        self.store = ObjectStore()
+        self._started: list[Role] = []
+
+    async def group(self, cls: type, group_cls: type[G], role: str, **settings: Any) -> G:
+        """Starts a role's workers and waits until each has its model."""
+        place: Workers = getattr(self.run.roles, role)
+        env = {**WORKER_ENV, "OMP_NUM_THREADS": str(place.threads)}
+        workers = [
+            spawn(cls, who=f"{role} rank {rank}", seat=seat, group=self.groups[seat.group], env=env,
+                  deadlines=self.run.deadlines, **settings)
+            for rank, seat in enumerate(self.layout.seats[role])
+        ]  # fmt: skip
+        group = group_cls(workers, store=self.store, token_budget=place.micro_batch_tokens)
+        self.keep(group)
+        await group.start(threads=place.threads, seed=self.run.seed, timeout_s=self.run.deadlines.call_s)
+        self.record(await group.describe())
+        return group
+
+    def keep(self, handle: Role) -> None:
+        """To be closed with the crew, also when it never finishes starting."""
+        self._started.append(handle)
+
+    def record(self, lines: list[RosterLine]) -> None:
+        self.cluster.record(*lines)
+
+    async def close(self) -> None:
+        """Ends every process of the stage and gives the devices back."""
+        await asyncio.gather(*(handle.close() for handle in self._started), return_exceptions=True)
+        self.cluster.release()
+        self.cluster.forget()
+
+    async def sft(self, model: Model, optimizer: Optimizer, *, steps: int, loss: LossFunction) -> ActorGroup:
+        settings = {"model": model, "optimizer": optimizer, "total_steps": steps, "loss": loss}
+        return await self.group(Actor, ActorGroup, "actor", **settings)
+
+    async def reward_learner(self, model: Model, optimizer: Optimizer, *, steps: int, loss: LossFunction) -> PairLearnerGroup:
+        settings = {"model": model, "optimizer": optimizer, "total_steps": steps, "loss": loss}
+        return await self.group(RewardLearner, PairLearnerGroup, "reward", **settings)
+
+    async def rl(self, models: dict[str, str]) -> Roles:
+        """All roles at once; ``models`` says where each one's weights are."""
+        rl = self.run.rl
+        assert rl is not None
+        table, temperature = self.run.roles, rl.sampling.temperature
+        total_steps = rl.steps * rl.updates.epochs * rl.updates.minibatches
+
+        def model(role: str) -> Model:
+            return self.run.model.model_copy(update={"path": models[role]})
+
+        starts: dict[str, Any] = {
+            "actor": self.group(
+                Actor, ActorGroup, "actor", model=model("actor"), optimizer=table.actor.optimizer, total_steps=total_steps,
+                loss=rl.algorithm.policy_loss, temperature=temperature, entropy=rl.algorithm.wants_entropy,
+            ),
+            "engine": start_engines(self, models["actor"]),
+            "reward": self._reward(models),
+        }  # fmt: skip
+        if "critic" in rl.algorithm.roles():
+            starts["critic"] = self.group(
+                Critic, LearnerGroup, "critic", model=model("critic"), optimizer=table.critic.optimizer,
+                total_steps=total_steps, loss=rl.algorithm.value_loss,
+            )  # fmt: skip
+        if "reference" in rl.algorithm.roles():
+            starts["reference"] = self.group(
+                Reference, ScorerGroup, "reference", model=model("reference"), temperature=temperature
+            )
+        handles = await asyncio.gather(*starts.values())
+        roles = Roles(**dict(zip(starts, handles, strict=True)))
+        await connect_weights(self.run, roles.actor, roles.engine)
+        return roles
+
+    async def _reward(self, models: dict[str, str]) -> RewardGroup:
+        place = self.run.roles.reward
+        if place.function:
+            return await self.group(FunctionReward, RewardGroup, "reward", function=place.function)
+        model = self.run.model.model_copy(update={"path": models["reward"]})
+        settings = {"model": model, "micro_batch_tokens": place.micro_batch_tokens}
+        return await self.group(RewardModel, RewardGroup, "reward", **settings)
+
+
+def rl_roles(run: Run) -> list[str]:
+    """The roles that the algorithm, as configured, starts."""
+    assert run.rl is not None
+    return ["actor", "engine", "reward", *sorted(run.rl.algorithm.roles())]

@@ -1,0 +1,55 @@
+"""Starts the rollout engines and connects the actor's weights to them."""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from actors.engine import Device, EngineWorker, environment
+from actors.fleet import EngineFleet
+from actors.group import ActorGroup, spawn
+from actors.remote_engine import RemoteEngine
+from actors.weights.wire import Transport
+from launch.environment import WORKER_ENV
+from orchestrator.config import Run
+
+if TYPE_CHECKING:
+    from launch.build import Crew
+
+
+async def start_engines(crew: "Crew", model: str) -> EngineFleet:
+    """One Ray worker per replica; returns when every engine has loaded the model."""
+    run = crew.run
+    device: Device = "cuda" if run.engine.gpus else "cpu"
+    engines = [
+        RemoteEngine(
+            spawn(
+                EngineWorker, who=f"engine {index}", seat=seat, group=crew.groups[seat.group],
+                env={**WORKER_ENV, **environment(run.engine, device)}, deadlines=run.deadlines,
+                config=run.engine, model=model, revision=run.model.revision, dtype=run.model.dtype,
+                max_length=run.model.max_length, index=index, device=device, transport=transport(run),
+            )
+        )
+        for index, seat in enumerate(crew.layout.seats["engine"])
+    ]  # fmt: skip
+    fleet = EngineFleet(engines, run_seed=run.seed)
+    crew.keep(fleet)
+    await asyncio.gather(*(engine.start() for engine in engines))
+    for lines in await asyncio.gather(*(engine.describe() for engine in engines)):
+        crew.record(lines)
+    return fleet
+
+
+def transport(run: Run) -> Transport:
+    """gloo between CPUs, device memory handles where actor and engine share devices, NCCL otherwise."""
+    if not run.engine.gpus:
+        return "gloo"
+    together = any("actor" in group and "engine" in group for group in run.placement.share)
+    return "ipc" if together else "nccl"
+
+
+async def connect_weights(run: Run, actor: ActorGroup, engines: EngineFleet) -> None:
+    """Opens the channel once; every later sync uses it."""
+    world_size = 1 + run.engine.replicas * run.engine.tensor_parallel
+    address = await actor.open_channel(
+        transport(run), run.engine.dtype or run.model.dtype, bucket_mb=run.engine.bucket_mb, world_size=world_size
+    )
+    await engines.join_weights(address)

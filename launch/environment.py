@@ -1,0 +1,26 @@
+"""Environment variables that must be set before Ray or torch are imported; ``launch/cli.py`` calls it first."""
+
+import os
+import secrets
+
+WORKER_ENV = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a role without GPUs must not hide those of others
+    "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",  # workers read a batch where it lies
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "passive",  # spinning threads of idle roles would take the cores of the busy one
+}
+
+
+def prepare_environment() -> None:
+    """For the driver and, by inheritance, for a Ray that it starts itself. What the user has set stays."""
+    defaults = {
+        **WORKER_ENV,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Without these two, a Ray of our own would write a token file into the home directory.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        del defaults["RAY_AUTH_MODE"], defaults["RAY_AUTH_TOKEN"]
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,64 @@
+"""The run directory: who may write into it, what it remembers of finished stages.
+
+    config.yaml   the resolved run            roster.json    every process
+    stages.json   what has finished           metrics.jsonl  one line per step
+    <stage>/      a stage's own files         model/         the result
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from orchestrator.checkpoint import write_durably
+from orchestrator.config import Run
+from orchestrator.configfile import write_run
+
+StageResult = dict[str, str | float]  # "model" -> folder, and the stage's figures
+
+
+class RunFolder(AbstractContextManager["RunFolder"]):
+    """Held exclusively while the run lasts; a second run on the same directory is refused at once."""
+
+    def __init__(self, run: Run, *, resume: bool, fresh: bool) -> None:
+        self.path = run.run_dir.absolute()
+        self._run, self._resume, self._fresh = run, resume, fresh
+
+    def __enter__(self) -> Self:
+        config = self.path / "config.yaml"
+        if config.exists() and not (self._resume or self._fresh):
+            raise ValueError(
+                f"run_dir={self.path} already holds a run; go on with --resume, start over with --fresh "
+                "(deletes it), or choose another run_dir"
+            )
+        if self.path.exists() and not config.exists() and any(self.path.iterdir()):
+            raise ValueError(f"run_dir={self.path} holds files that are no run of Quartet; choose another run_dir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ValueError(f"run_dir={self.path} is in use by another run; choose another run_dir") from None
+        if self._fresh:
+            for entry in self.path.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        write_run(self._run, config)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._lock)
+
+    def finished(self) -> dict[str, StageResult]:
+        """The stages that are done, with their results."""
+        path = self.path / "stages.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def finish(self, stage: str, result: StageResult) -> None:
+        draft = self.path / "stages.tmp"
+        write_durably(draft, json.dumps({**self.finished(), stage: result}, indent=1))
+        draft.rename(self.path / "stages.json")

@@ -1,0 +1,154 @@
+"""Adding two two-digit numbers: the smallest task on which a whole RLHF run can be seen to work in minutes.
+
+The demonstrations of the SFT stage are noisy in one way: in ``wrong_fraction`` of them the carry is forgotten
+("37+48=75"). SFT imitates them and ends mediocre. The preference pairs are clean, so the reward model can tell right from
+wrong, and PPO moves the policy to what is preferred. The judge is exact equality with the sum, never the reward model.
+
+    prompt "37+48="    right "85"    carry forgotten "75"    pair ("85", a mistake)    label "85"
+
+Only problems that have a carry can be demonstrated wrongly: 45 % of all, so ``wrong_fraction`` 0.45 spoils every one.
+"""
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from launch.tasks import TaskFiles
+from orchestrator.config import ChatData, PromptData, Task
+
+Problem = tuple[int, int]  # the two numbers
+
+OPERANDS = range(10, 100)
+MAX_POSITIONS = 64
+SPECIAL = ("<pad>", "<eos>", "<unk>")  # padding is not EOS: a batch shows where a response ended
+
+
+def prepare(task: Task, folder: Path) -> TaskFiles:
+    """Writes data, tokenizer and model; ValueError when the task's settings ask for more problems than there are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    train, heldout = split(task)
+    chance = random.Random(task.seed + 1)
+    spoilt = _spoilt(train, task, chance)
+    sft = [{"prompt": prompt(p), "response": forgotten_carry(p) if p in spoilt else answer(p)} for p in train]
+    return TaskFiles(
+        model=_write_model(folder / "model", task.seed),
+        sft=ChatData(path=_write(folder / "sft.jsonl", sft)),
+        pairs=_write_pairs(folder / "pairs.jsonl", train, chance),
+        heldout_pairs=_write_pairs(folder / "heldout_pairs.jsonl", heldout, chance),
+        prompts=_write_prompts(folder / "prompts.jsonl", train),
+        heldout_prompts=_write_prompts(folder / "heldout_prompts.jsonl", heldout),
+    )
+
+
+def split(task: Task) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems: all different, in an order of the task's seed."""
+    problems = [(a, b) for a in OPERANDS for b in OPERANDS]
+    wanted = task.num_train + task.num_heldout
+    if wanted > len(problems):
+        raise ValueError(
+            f"task.num_train={task.num_train} + task.num_heldout={task.num_heldout} = {wanted} problems, but there are "
+            f"only {len(problems)} of two two-digit numbers; lower one of them"
+        )
+    random.Random(task.seed).shuffle(problems)
+    return problems[: task.num_train], problems[task.num_train : wanted]
+
+
+def prompt(problem: Problem) -> str:
+    return f"{problem[0]}+{problem[1]}="
+
+
+def answer(problem: Problem) -> str:
+    return str(sum(problem))
+
+
+def has_carry(problem: Problem) -> bool:
+    """Whether the last digits add up to ten or more."""
+    return problem[0] % 10 + problem[1] % 10 >= 10  # noqa: PLR2004 - the base of the number system
+
+
+def forgotten_carry(problem: Problem) -> str:
+    """(37, 48) -> "75"."""
+    return str(sum(problem) - 10)
+
+
+def mistake(problem: Problem, chance: random.Random) -> str:
+    """A plausible wrong answer: the carry forgotten (or invented), one digit off by one, or one digit too few or many.
+
+    Half are about the carry, because that is what the SFT policy gets wrong; the rest keep the reward model honest about
+    what PPO may wander into.
+    """
+    right = answer(problem)
+    kind = chance.random()
+    if kind < 0.5:
+        return forgotten_carry(problem) if has_carry(problem) else str(sum(problem) + 10)
+    if kind < 0.85:
+        at = chance.randrange(len(right))
+        return right[:at] + str((int(right[at]) + chance.choice((-1, 1))) % 10) + right[at + 1 :]
+    return chance.choice((right[:-1], right[1:], right + str(chance.randrange(10))))
+
+
+def _spoilt(train: list[Problem], task: Task, chance: random.Random) -> set[Problem]:
+    """The problems that are demonstrated wrongly."""
+    carrying = [problem for problem in train if has_carry(problem)]
+    count = round(task.wrong_fraction * len(train))
+    if count > len(carrying):
+        raise ValueError(
+            f"task.wrong_fraction={task.wrong_fraction} spoils {count} of {len(train)} rows, but only {len(carrying)} "
+            f"have a carry to forget; use at most {len(carrying) / len(train):.2f}"
+        )
+    return set(chance.sample(carrying, count))
+
+
+def _write_pairs(file: Path, problems: list[Problem], chance: random.Random) -> ChatData:
+    rows = ({"prompt": prompt(p), "chosen": answer(p), "rejected": mistake(p, chance)} for p in problems)
+    return ChatData(path=_write(file, rows), response_key="chosen")
+
+
+def _write_prompts(file: Path, problems: list[Problem]) -> PromptData:
+    rows = ({"prompt": prompt(p), "answer": answer(p)} for p in problems)
+    return PromptData(path=_write(file, rows), label_key="answer")
+
+
+def _write(file: Path, rows: Iterable[dict[str, str]]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, no BOS: "37+48=" -> six tokens."""
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *"0123456789+="))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    pad, eos, unknown = SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unknown, model_max_length=MAX_POSITIONS
+    )
+
+
+def _write_model(folder: Path, seed: int) -> Path:
+    """A Llama of one million parameters with random weights of this seed."""
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,83 @@
+"""``quartet train``: the stages of a run in their order, each starting from what the last one made.
+
+    prepare (all that can be wrong) -> Ray -> sft -> reward_model -> rl -> the model folder
+
+A stage that has finished is written down in stages.json; ``--resume`` goes on after it.
+"""
+
+import asyncio
+import time
+
+from launch.cluster import Cluster
+from launch.prepare import prepare
+from launch.progress import Progress
+from launch.rl_stage import run_rl
+from launch.run_folder import RunFolder, StageResult
+from launch.session import Session
+from launch.supervised_stage import run_reward_model, run_sft
+from launch.tracking import open_tracker
+from orchestrator.config import Run
+
+
+def main(run: Run, *, resume: bool, fresh: bool) -> int:
+    """The exit status; raises ValueError before Ray starts when something is wrong with the run."""
+    started = time.monotonic()
+    with RunFolder(run, resume=resume, fresh=fresh) as folder:
+        materials = prepare(run, folder.path)
+        tracker = open_tracker(materials.run)
+        try:
+            with Cluster(materials.run) as cluster:
+                session = Session(
+                    materials=materials, folder=folder, cluster=cluster, progress=Progress(), tracker=tracker
+                )
+                results = asyncio.run(stages(session))
+        finally:
+            tracker.close()
+        session.progress.summary("done", summary(session, results, time.monotonic() - started))
+    return 0
+
+
+async def stages(session: Session) -> dict[str, StageResult]:
+    """Every stage of the run that is not finished yet."""
+    run, done = session.run, session.folder.finished()
+    base = run.model.path
+    if run.sft:
+        if "sft" not in done:
+            session.folder.finish("sft", await run_sft(session, base))
+        base = str(session.folder.finished()["sft"]["model"])
+    reward_model = run.roles.reward.model
+    if run.reward_model:
+        if "reward_model" not in done:
+            start = run.reward_model.model or base
+            session.folder.finish("reward_model", await run_reward_model(session, start))
+        reward_model = reward_model or str(session.folder.finished()["reward_model"]["model"])
+    if run.rl and "rl" not in done:
+        session.folder.finish("rl", await run_rl(session, rl_models(run, base, reward_model)))
+    return session.folder.finished()
+
+
+def rl_models(run: Run, base: str, reward_model: str | None) -> dict[str, str]:
+    """Where each role's initial weights are. The critic starts from the reward model (arXiv:2203.02155), if there is one."""
+    roles = run.roles
+    actor = roles.actor.model or base
+    models = {"actor": actor, "reference": roles.reference.model or actor}
+    if reward_model:
+        models["reward"] = reward_model
+    models["critic"] = roles.critic.model or reward_model or actor
+    return models
+
+
+def summary(session: Session, results: dict[str, StageResult], seconds: float) -> list[tuple[str, str]]:
+    """The figures of the stages and where to find everything."""
+    rows = [
+        (f"{stage} {name.replace('_', ' ')}", f"{value:.3f}")
+        for stage, result in results.items()
+        for name, value in result.items()
+        if isinstance(value, float)
+    ]
+    last = list(results.values())[-1]
+    folder = session.folder.path
+    rows += [("model", str(last["model"])), ("metrics", str(folder / "metrics.jsonl"))]
+    if "checkpoint" in last:
+        rows.append(("checkpoint", str(last["checkpoint"])))
+    return [*rows, ("wall time", f"{seconds:.0f} s")]

@@ -1,0 +1,129 @@
+"""Texts and chat messages -> tokens, in one way for SFT, preference pairs and the engine.
+
+The invariant: the tokens of a prompt are a function of the prompt alone. A supervised row is those tokens, then the
+response's tokens, then EOS: what SFT trains on is what the engine continues. A response ends with the tokenizer's EOS
+and not with what the chat template writes after it (ChatML adds a newline), because EOS is where the engine stops.
+
+BOS follows the tokenizer: where its own encoding starts with BOS, every prompt starts with exactly one, whether the chat
+template writes it too or not (BUGS A15); where it does not (GPT-2, SmolLM2), none is invented.
+
+    [{"role": "user", "content": "Hi"}]  and  [{"from": "human", "value": "Hi"}]  are the same messages
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+Message = dict[str, str]  # role, content
+
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "bot": "assistant"}  # ShareGPT's names for ours
+KNOWN_ROLES = ("system", "user", "assistant", "tool")
+TURN = re.compile(r"\n\n(Human|Assistant):")  # dialogues of hh-rlhf
+LAST_ASSISTANT = "\n\nAssistant:"
+
+
+class BadRowError(ValueError):
+    """What is wrong with one row, and the remedy; the reader adds file and row number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A tokenizer, and what it does of its own accord."""
+
+    tokenizer: Any  # PreTrainedTokenizerFast
+    bos: tuple[int, ...]  # what every prompt starts with: one BOS, or nothing
+    use_template: bool  # wrap texts too; message lists always are
+
+    @classmethod
+    def of(cls, tokenizer: Any, *, use_template: bool, field: str) -> "Encoder":
+        """Raises ValueError when the template is asked for and there is none."""
+        if use_template and not tokenizer.chat_template:
+            raise ValueError(
+                f"{field}.chat_template=True, but the tokenizer {tokenizer.name_or_path!r} has no chat template; "
+                "set it to false, or use an instruct model"
+            )
+        bos = tokenizer.bos_token_id
+        adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        return cls(tokenizer, (bos,) if adds else (), use_template)
+
+    def prompt(self, value: str | list[Message]) -> tuple[str, tuple[int, ...]]:
+        """The text as the model meets it, and its tokens with at most one BOS."""
+        text = value
+        if self.use_template and isinstance(value, str):
+            text = self._render(dialogue(value) or [{"role": "user", "content": value}])
+        elif not isinstance(value, str):
+            text = self._render(value)
+        tokens = self._encode(text)
+        if self.bos and tokens[:1] != self.bos:
+            tokens = self.bos + tokens
+        if tokens == self.bos:
+            raise BadRowError(f"the prompt {text[:40]!r} encodes to no tokens; fill it in")
+        return str(text), tokens
+
+    def response(self, text: str) -> tuple[int, ...]:
+        """Tokens of a response, EOS at the end."""
+        return (*self._encode(text), self.tokenizer.eos_token_id)
+
+    def _encode(self, text: Any) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _render(self, messages: list[Message]) -> str:
+        if not self.tokenizer.chat_template:
+            raise BadRowError("a list of messages needs a chat template, and the tokenizer has none; use an instruct model")
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise BadRowError(f"the chat template refuses the messages ({error}); change their roles") from error
+
+
+def clean(value: object, what: str, *, empty: bool = False) -> str:
+    """The text itself; BadRowError for another type, a text that UTF-8 cannot hold, or (unless allowed) an empty one."""
+    if value is None:
+        raise BadRowError(f"{what} is None; fill it in")
+    if not isinstance(value, str):
+        raise BadRowError(f"{what} is {type(value).__name__} {str(value)[:40]!r}; expected a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"{what} has a lone surrogate at character {error.start}; remove it") from None
+    if not empty and not value.strip():
+        raise BadRowError(f"{what} is empty; fill it in")
+    return value
+
+
+def to_messages(values: Sequence[object], what: str) -> list[Message]:
+    """Messages of either style, checked: a system message only at the start, then user and assistant in turn."""
+    if not values:
+        raise BadRowError(f"{what} is an empty list; give it at least one message")
+    messages = [to_message(value, f"{what}[{i}]") for i, value in enumerate(values)]
+    turns = [m["role"] for m in messages]
+    turns = turns[1:] if turns[0] == "system" else turns
+    expected = {"system": (), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+    fits = turns[:1] == ["user"] and all(b in expected[a] for a, b in zip(turns, turns[1:], strict=False))
+    if not fits:
+        raise BadRowError(f"{what} has the roles {' '.join(m['role'] for m in messages)}; expected [system] user assistant ...")
+    return messages
+
+
+def to_message(value: object, what: str) -> Message:
+    """{role, content} or {from, value}."""
+    if not isinstance(value, dict):
+        raise BadRowError(f"{what} is {type(value).__name__}; expected {{role, content}} or {{from, value}}")
+    role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
+    role = ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in KNOWN_ROLES:
+        raise BadRowError(f"{what} has the role {role!r}; known: {', '.join((*KNOWN_ROLES, *ROLES))}")
+    return {"role": str(role), "content": clean(content, what)}
+
+
+def dialogue(text: str) -> list[Message]:
+    """An hh-rlhf prompt ("\\n\\nHuman: Hi\\n\\nAssistant:") as messages; [] when the text is not one."""
+    start, *turns = TURN.split(text)
+    contents = [content.strip() for content in turns[1::2]]
+    if start.strip() or not turns or turns[-2:] != ["Assistant", ""]:
+        return []
+    roles = ["user" if name == "Human" else "assistant" for name in turns[0:-2:2]]
+    return [{"role": r, "content": c} for r, c in zip(roles, contents[:-1], strict=True)]

@@ -1,0 +1,239 @@
+"""Prompts, supervised rows and preference pairs, tokenised and checked before any model is loaded.
+
+Every bad row of a file is reported in one error, with its number and the remedy. What these functions return is good:
+no later stage meets an empty prompt, a prompt without room for an answer, or a row longer than the model.
+
+    {"prompt": "2+3=", "response": "5"}   one token a character, EOS 9, no BOS
+    read_prompts   Prompt(tokens=(2, 10, 3, 11), text="2+3=", ...)
+    read_examples  ((2, 10, 3, 11, 5, 9), (False, False, False, False, True, True))      the final EOS is trained (BUGS A7)
+    read_pairs     [chosen row, rejected row]
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from orchestrator.batch import Prompt
+from orchestrator.chats import LAST_ASSISTANT, BadRowError, Encoder, Message, clean, to_message, to_messages
+from orchestrator.config import ChatData, PromptData
+from orchestrator.tables import Complaints, Row, Unreadable, read_rows, require_columns
+
+Example = tuple[tuple[int, ...], tuple[bool, ...]]  # tokens, action_mask
+PromptValue = str | list[Message]
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+PROBES = ("Hello, world!  2+3=5\n", "<s>naïve</s> 你好 🙂\t", "    def f(x):\n        return x\n")
+
+
+class TooLongError(BadRowError):
+    """A row that does not fit; ``too_long: drop`` leaves it out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """The prompts of a run in file order. Their uids are those of epoch 0; the ledger gives each epoch its own."""
+
+    prompts: tuple[Prompt, ...]
+    num_dropped: int  # too long, left out because ``too_long`` says so
+
+
+def read_prompts(data: PromptData, tokenizer: Any, *, room: int, field: str) -> PromptSet:
+    """``room``: tokens that a prompt may have, max_length - max_new_tokens. ValueError lists every bad row."""
+    rows = read_rows(data.path, split=data.split, max_rows=data.max_rows, field=field)
+    require_columns(rows, {"prompt_key": data.prompt_key, "label_key": data.label_key or ""}, field)
+    if not data.prompt_key:
+        raise ValueError(f"{field}.prompt_key is empty; name the column with the prompt")
+    encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field)
+
+    def read(row: dict[str, Any], number: int) -> Prompt:
+        text, tokens = encoder.prompt(_prompt_value(row.get(data.prompt_key), data.prompt_key))
+        if len(tokens) > room:
+            raise TooLongError(f"the prompt has {len(tokens)} tokens, room is {room}; {_REMEDY}")
+        label = _label(row.get(data.label_key), data.label_key) if data.label_key else None
+        return Prompt(uid=f"0/{number}", row=number, tokens=tokens, text=text, label=label)
+
+    prompts = _convert(rows, read, too_long=data.too_long, complaints=Complaints(field, data.path))
+    return PromptSet(prompts=tuple(prompts), num_dropped=len(rows) - len(prompts))
+
+
+def read_examples(data: ChatData, tokenizer: Any, *, max_length: int, field: str) -> list[Example]:
+    """Rows of the SFT stage: the tokens of the prompt, then of the response and EOS. ValueError lists every bad row."""
+    rows = read_rows(data.path, split=data.split, max_rows=data.max_rows, field=field)
+    keys = {"prompt_key": data.prompt_key, "response_key": data.response_key, "input_key": data.input_key or ""}
+    require_columns(rows, keys, field)
+    encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field)
+
+    def read(row: dict[str, Any], number: int) -> Example:
+        prompt, (response,) = _conversation(row, data, (data.response_key,))
+        return _example(encoder, prompt, clean(response, "the response"), max_length)
+
+    return _convert(rows, read, too_long=data.too_long, complaints=Complaints(field, data.path))
+
+
+def read_pairs(data: ChatData, tokenizer: Any, *, max_length: int, field: str) -> list[list[Example]]:
+    """[chosen, rejected] of every row. An empty response is a response (hh-rlhf has some). ValueError lists every bad row."""
+    rows = read_rows(data.path, split=data.split, max_rows=data.max_rows, field=field)
+    keys = {"prompt_key": data.prompt_key, "response_key": data.response_key, "rejected_key": data.rejected_key}
+    require_columns(rows, {**keys, "input_key": data.input_key or ""}, field)
+    encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field)
+
+    def read(row: dict[str, Any], number: int) -> list[Example]:
+        prompt, responses = _conversation(row, data, (data.response_key, data.rejected_key))
+        return [_example(encoder, prompt, response, max_length) for response in responses]
+
+    return _convert(rows, read, too_long=data.too_long, complaints=Complaints(field, data.path))
+
+
+_REMEDY = "shorten it, raise model.max_length, or set too_long: drop"
+
+
+def _convert(
+    rows: Sequence[Row],
+    read: Callable[[dict[str, Any], int], T],
+    *,
+    too_long: Literal["error", "drop"],
+    complaints: Complaints,
+) -> list[T]:
+    """Every row through ``read``; raises ValueError for the bad ones together, and when nothing is left."""
+    kept: list[T] = []
+    dropped: list[int] = []
+    for number, row in enumerate(rows):
+        try:
+            if isinstance(row, Unreadable):
+                raise BadRowError(row.reason)
+            kept.append(read(row, number))
+        except TooLongError as error:
+            if too_long == "drop":
+                dropped.append(number)
+            else:
+                complaints.add(number, str(error))
+        except BadRowError as error:
+            complaints.add(number, str(error))
+    complaints.raise_all()
+    if not kept:
+        raise ValueError(f"{complaints.field}.path={complaints.path!r}: all {len(rows)} rows are too long; {_REMEDY[:-24]}")
+    if dropped:
+        text = "%s.path=%r: dropped %d of %d rows that are too long, the first of them %s (numbered from 0)"
+        log.warning(text, complaints.field, complaints.path, len(dropped), len(rows), dropped[:10])
+    return kept
+
+
+def _example(encoder: Encoder, prompt: PromptValue, response: str, max_length: int) -> Example:
+    start, end = encoder.prompt(prompt)[1], encoder.response(response)
+    if len(start) + len(end) > max_length:
+        raise TooLongError(f"the row has {len(start)} + {len(end)} tokens, model.max_length is {max_length}; {_REMEDY}")
+    return start + end, (False,) * len(start) + (True,) * len(end)
+
+
+def _conversation(row: dict[str, Any], data: ChatData, keys: Sequence[str]) -> tuple[PromptValue, list[str]]:
+    """The prompt, and the response of each key. With ``prompt_key`` "" the columns hold whole dialogues."""
+    if not data.prompt_key:
+        return _shared_prefix([row.get(key) for key in keys], keys)
+    prompt = _prompt_value(row.get(data.prompt_key), data.prompt_key)
+    extra = row.get(data.input_key) if data.input_key else None
+    if extra:
+        if not isinstance(prompt, str):
+            raise BadRowError(f"{data.input_key} cannot be appended to a list of messages; leave input_key out")
+        prompt = f"{prompt}\n{clean(extra, str(data.input_key))}"
+    return prompt, [_response(row.get(key), prompt, key) for key in keys]
+
+
+def _prompt_value(value: object, key: str) -> PromptValue:
+    """A text, or messages that end where the assistant is to speak."""
+    if not isinstance(value, list):
+        return clean(value, key)
+    messages = to_messages(value, key)
+    if messages[-1]["role"] == "assistant":
+        raise BadRowError(f"{key} ends with the assistant, so there is nothing to answer; end it with the user")
+    return messages
+
+
+def _response(value: object, prompt: PromptValue, key: str) -> str:
+    """A text, one assistant message, or a list: that message alone, or the prompt's messages and then it."""
+    if not isinstance(value, (list, dict)):
+        return clean(value, key, empty=True)
+    messages = [to_message(m, key) for m in (value if isinstance(value, list) else [value])]
+    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if not messages or messages[-1]["role"] != "assistant":
+        raise BadRowError(f"{key} does not end with the assistant; give it the assistant's message")
+    if messages[:-1] not in ([], before):
+        raise BadRowError(f"{key} starts with other messages than the prompt; give it only the assistant's message")
+    return messages[-1]["content"]
+
+
+def _shared_prefix(values: Sequence[object], keys: Sequence[str]) -> tuple[PromptValue, list[str]]:
+    """Whole dialogues: the prompt is what they share up to the assistant's last common turn, the rest is response."""
+    if all(isinstance(value, list) for value in values):
+        dialogues = [to_messages(value, key) for value, key in zip(values, keys, strict=True)]  # type: ignore[arg-type]
+        prompt = dialogues[0][:-1]
+        return _prompt_value(prompt, keys[0]), [_response(d, prompt, k) for d, k in zip(dialogues, keys, strict=True)]
+    texts = [clean(value, key) for value, key in zip(values, keys, strict=True)]
+    start = os.path.commonprefix(texts).rfind(LAST_ASSISTANT)
+    if start < 0:
+        raise BadRowError(f"{' and '.join(keys)} share no prompt that ends with {LAST_ASSISTANT!r}; set prompt_key")
+    start += len(LAST_ASSISTANT)
+    return texts[0][:start], [text[start:] for text in texts]
+
+
+def _label(value: object, key: str) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return clean(value, key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What two tokenizers must have in common for the tokens of one to mean the same to the other.
+
+    Padding is left out: no role ever attends to it.
+    """
+
+    vocabulary: str  # hash of token -> id
+    special_tokens: tuple[tuple[str, int | None], ...]  # (("bos", None), ("eos", 9))
+    chat_template: str  # hash; "" without a template
+    probes: tuple[tuple[int, ...], ...]  # a few awkward texts: merges and normalisation are not in the vocabulary
+
+
+def fingerprint(tokenizer: Any) -> Fingerprint:
+    """Equal for tokenizers that read every text alike."""
+    return Fingerprint(
+        vocabulary=_hash(json.dumps(sorted(tokenizer.get_vocab().items()))),
+        special_tokens=(("bos", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)),
+        chat_template=_hash(str(tokenizer.chat_template)) if tokenizer.chat_template else "",
+        probes=tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in PROBES),
+    )
+
+
+def same_tokenizer(a: Any, b: Any, names: tuple[str, str]) -> None:
+    """ValueError that says what differs, and how, between the tokenizers that ``names`` gave.
+
+    Roles exchange tokens, never text, so a role whose folder has no chat template is no conflict: nobody asks it.
+    """
+    left, right = fingerprint(a), fingerprint(b)
+    if left.vocabulary != right.vocabulary:
+        what = "vocabularies differ: " + _first_difference(a.get_vocab(), b.get_vocab())
+    elif left.special_tokens != right.special_tokens:
+        what = f"special tokens differ: {dict(left.special_tokens)} and {dict(right.special_tokens)}"
+    elif left.probes != right.probes:
+        text, x, y = next(p for p in zip(PROBES, left.probes, right.probes, strict=True) if p[1] != p[2])
+        what = f"rules differ: {text!r} becomes {list(x)} and {list(y)}"
+    elif left.chat_template and right.chat_template and left.chat_template != right.chat_template:
+        what = "chat templates differ"
+    else:
+        return
+    raise ValueError(f"{names[0]} and {names[1]}: the tokenizers' {what}; use models that share one tokenizer")
+
+
+def _first_difference(a: dict[str, int], b: dict[str, int]) -> str:
+    token = min(t for t in a.keys() | b.keys() if a.get(t) != b.get(t))
+    return f"{len(a)} and {len(b)} tokens, e.g. {token!r} is {a.get(token, 'absent')} and {b.get(token, 'absent')}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -1,0 +1,259 @@
+"""Gradients are exact sums over ranks and micro-batches at every ZeRO stage, and a save continues exactly.
+
+AdamW's first step with a huge epsilon moves a parameter by -learning_rate * gradient / epsilon, so weights after one
+step show every gradient; float64 autograd of plain Transformers gives the numbers to compare with.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from actors.actor import Actor
+from actors.backend import _learning_rate
+from orchestrator.batch import Examples, Loss, Minibatch, PolicyOutput
+from orchestrator.config import Model, Optimizer
+from tests import tiny
+from tests.ranks import Ranks
+
+LENGTHS = [9, 4, 7, 3, 8, 5]
+POISON = 16  # a last token that makes the loss infinite
+PLAIN_STEP = {"learning_rate": 1e4, "eps": 1e4, "max_grad_norm": 1e9}  # moves a parameter by minus its gradient
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    tiny.save(folder, tiny.llama())
+    return folder
+
+
+def nll(policy: PolicyOutput, part: Examples) -> Loss:
+    poison = (part.tokens == POISON).any(1, keepdim=True)
+    return Loss(
+        values=-policy.logprobs * torch.where(poison, math.inf, 1.0), metrics={"nll": -policy.logprobs.detach()}
+    )
+
+
+def minibatch(width: int = max(LENGTHS), *, poison: bool = False) -> Minibatch:
+    """Six ragged rows, the first two tokens of each a prompt; weights 1 / number of trained tokens."""
+    torch.manual_seed(3)
+    tokens = torch.randint(1, POISON, (len(LENGTHS), max(LENGTHS)))
+    tokens = torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=5)
+    if poison:
+        tokens[0, LENGTHS[0] - 1] = POISON
+    columns = torch.arange(width)
+    attended = columns < torch.tensor(LENGTHS)[:, None]
+    trained = attended & (columns >= 2)
+    examples = Examples(tokens=tokens, attention_mask=attended, action_mask=trained)
+    return Minibatch(records=examples, rows=torch.arange(len(LENGTHS)), weights=trained / trained.sum())
+
+
+def actor(rank: int, world_size: int, folder: Path, dtype: str, port: int, optimizer: dict, *, steps: int = 10) -> Actor:
+    worker = Actor(
+        model=Model(path=str(folder), dtype=dtype),
+        optimizer=Optimizer(**optimizer),
+        total_steps=steps,
+        loss=nll,
+    )
+    worker.setup(rank, world_size, "127.0.0.1", port, threads=1, seed=0, timeout_s=60)
+    return worker
+
+
+def whole_weights(worker: Actor) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in worker.backend.named_full_parameters()}
+
+
+def step_once(
+    rank: int, world_size: int, folder: Path, dtype: str, port: int, stage: int, plan: list, width: int
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    worker = actor(rank, world_size, folder, dtype, port, PLAIN_STEP | {"zero_stage": stage})
+    figures = worker.update(minibatch(width), plan[rank])
+    return figures, whole_weights(worker)
+
+
+def one_float64_step(folder: Path) -> tuple[float, float, dict[str, Tensor]]:
+    """Loss, gradient norm and weights after the step, by plain Transformers and the formula of AdamW's first step."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    whole = minibatch()
+    examples = whole.records
+    logits = model(input_ids=examples.tokens, attention_mask=examples.attention_mask.long()).logits[:, :-1]
+    logprobs = logits.log_softmax(-1).gather(-1, examples.tokens[:, 1:, None]).squeeze(-1)
+    loss = -(logprobs * whole.weights[:, 1:].double()).sum()
+    loss.backward()
+    named = dict(model.named_parameters())
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in named.values()))
+    after = {n: (p - 1e4 * p.grad / (p.grad.abs() + 1e4)).detach().float() for n, p in named.items()}
+    return loss.item(), norm, after
+
+
+@pytest.mark.parametrize(
+    ("plan", "width"),
+    [
+        ([[0, 1, 2, 3, 4, 5]], 9),
+        ([[0, 1, 2, 3, 4, 5]], 14),
+        ([[5, 0], [], [3, 1], [4, 2]], 9),
+        ([[0], [1], [2], [3], [4], [5]], 9),
+    ],
+)
+def test_one_step_does_not_depend_on_micro_batches_or_padding(folder: Path, plan: list, width: int) -> None:
+    """BUGS C1."""
+    loss, norm, after = one_float64_step(folder)
+    figures, weights = step_once(0, 1, folder, "float32", 29611, 0, [plan], width)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    assert figures["nll"] == pytest.approx(loss, rel=1e-5)
+    assert figures["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert figures["num_tokens"] == sum(LENGTHS) - 2 * len(LENGTHS)
+    assert weights.keys() == after.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, after[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_step_like_one(two_ranks: Ranks, folder: Path, stage: int) -> None:
+    """BUGS C4: rank 1 has 4 of the 24 tokens and one micro-batch without rows."""
+    loss, norm, after = one_float64_step(folder)
+    plan = [[[0], [2, 4], [1]], [[3], [], [5]]]
+    for figures, weights in two_ranks(step_once, folder, "float32", 29612, stage, plan, 11):
+        assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+        assert figures["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert figures["num_tokens"] == sum(LENGTHS) - 2 * len(LENGTHS)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, after[name], atol=1e-5, rtol=1e-5)
+
+
+def norm_of_repeats(rank: int, world_size: int, folder: Path, port: int, stage: int, repeats: int) -> float:
+    """The same row, whole weight each time, in ``repeats`` micro-batches on every rank."""
+    worker = actor(rank, world_size, folder, "bfloat16", port, PLAIN_STEP | {"zero_stage": stage})
+    return worker.update(minibatch(), [[0]] * repeats)["grad_norm"]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_bfloat16_gradients_are_summed_in_float32(two_ranks: Ranks, folder: Path, stage: int) -> None:
+    """Sums of n equal bfloat16 gradients: n times one of them, which bfloat16 sums would round (by 1e-3 and more)."""
+    one = norm_of_repeats(0, 1, folder, 29611, stage, 1)
+    assert norm_of_repeats(0, 1, folder, 29611, stage, 7) == pytest.approx(7 * one, rel=1e-6)
+    assert two_ranks(norm_of_repeats, folder, 29612, stage, 7) == pytest.approx([14 * one] * 2, rel=1e-6)
+
+
+SCHEDULED = {"learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "zero_stage": 0}
+
+
+def resume(rank: int, world_size: int, folder: Path, dtype: str, port: int, stage: int, save_to: Path) -> bool:
+    """Three steps, save, two more; against a fresh worker that loads and takes the two."""
+    plan = [[0, 2], [4]] if rank == 0 else [[1, 3], [5]]
+    first = actor(rank, world_size, folder, dtype, port, SCHEDULED | {"zero_stage": stage})
+    for _ in range(3):
+        first.update(minibatch(), plan)
+    first.save(save_to)
+    expected = [first.update(minibatch(), plan) for _ in range(2)]
+    second = actor(rank, world_size, folder, dtype, port, SCHEDULED | {"zero_stage": stage})
+    second.load(save_to)
+    same_figures = [second.update(minibatch(), plan) for _ in range(2)] == expected
+    weights = whole_weights(first)
+    return same_figures and all(torch.equal(weights[n], t) for n, t in whole_weights(second).items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_resumes_bit_for_bit(folder: Path, dtype: str, tmp_path: Path) -> None:
+    assert resume(0, 1, folder, dtype, 29611, 0, tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("float32", 1), ("float32", 3), ("bfloat16", 2), ("bfloat16", 3)])
+def test_training_resumes_bit_for_bit_on_two_ranks(
+    two_ranks: Ranks, folder: Path, dtype: str, stage: int, tmp_path: Path
+) -> None:
+    assert two_ranks(resume, folder, dtype, 29612, stage, tmp_path) == [True, True]
+
+
+def test_a_folder_without_state_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no training state"):
+        actor(0, 1, folder, "float32", 29611, SCHEDULED).load(tmp_path)
+
+
+def survive(rank: int, world_size: int, folder: Path, dtype: str, port: int, stage: int) -> tuple[float, bool, bool]:
+    """skipped_steps of a poisoned step; whether it left the weights alone; whether the next one trains."""
+    worker = actor(rank, world_size, folder, dtype, port, {"learning_rate": 1e-2, "zero_stage": stage})
+    plan = [[0, 2], [4]] if rank == 0 else [[1, 3], [5]]
+    before = whole_weights(worker)
+    skipped = worker.update(minibatch(poison=True), plan)["skipped_steps"]
+    untouched = all(torch.equal(before[n], t) for n, t in whole_weights(worker).items())
+    applied = worker.update(minibatch(), plan)["skipped_steps"] == 0.0
+    moved = all(not torch.equal(before[n], t) and t.isfinite().all() for n, t in whole_weights(worker).items())
+    return skipped, untouched, applied and moved
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gradient_that_is_not_finite_skips_one_step(folder: Path, dtype: str) -> None:
+    assert survive(0, 1, folder, dtype, 29611, 0) == (1.0, True, True)
+
+
+@pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("float32", 1), ("float32", 2), ("float32", 3), ("bfloat16", 2), ("bfloat16", 3)])
+def test_a_gradient_that_is_not_finite_skips_one_step_on_all_ranks(
+    two_ranks: Ranks, folder: Path, dtype: str, stage: int
+) -> None:
+    assert two_ranks(survive, folder, dtype, 29612, stage) == [(1.0, True, True)] * 2
+
+
+def test_small_learning_rates_move_bfloat16_weights_as_far_as_float32(tmp_path: Path) -> None:
+    """BUGS C7: 50 steps at 1e-6; the weights whose bfloat16 value changed, against a float32 run cast at the end."""
+    base = tiny.build(tiny.llama(hidden=32)).bfloat16()
+    base.save_pretrained(tmp_path)
+    before = {name: tensor.detach() for name, tensor in base.named_parameters()}
+
+    def moved(dtype: str) -> float:
+        worker = actor(0, 1, tmp_path, dtype, 29611, {"learning_rate": 1e-6, "zero_stage": 2})
+        for _ in range(50):
+            worker.update(minibatch(), [[0, 1, 2, 3, 4, 5]])
+        after = whole_weights(worker)
+        changed = sum(int((after[n].bfloat16() != t).sum()) for n, t in before.items())
+        return changed / sum(t.numel() for t in before.values())
+
+    in_float32 = moved("float32")
+    assert in_float32 > 0.02
+    assert moved("bfloat16") == pytest.approx(in_float32, abs=0.01)
+
+
+def export(rank: int, world_size: int, folder: Path, port: int, stage: int, to: Path) -> dict[str, Tensor]:
+    worker = actor(rank, world_size, folder, "float32", port, PLAIN_STEP | {"zero_stage": stage})
+    worker.update(minibatch(), [[0, 1, 2], [3, 4, 5]][rank : rank + 1])
+    worker.export(to)
+    return whole_weights(worker)
+
+
+def test_sharded_weights_export_whole(two_ranks: Ranks, folder: Path, tmp_path: Path) -> None:
+    weights = two_ranks(export, folder, 29612, 3, tmp_path)[1]
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in reloaded.named_parameters():
+        assert torch.equal(tensor, weights[name])
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+
+
+def test_learning_rate_schedules() -> None:
+    def rates(schedule: str) -> list[float]:
+        settings = Optimizer(learning_rate=1.0, schedule=schedule, warmup_steps=2)
+        return [round(_learning_rate(settings, step, 6), 6) for step in range(7)]
+
+    assert rates("constant") == [0.5, 1, 1, 1, 1, 1, 1]
+    assert rates("linear") == [0.5, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert rates("cosine") == [0.5, 1, 1, 0.853553, 0.5, 0.146447, 0]
+
+
+def test_weight_decay_spares_vectors(folder: Path) -> None:
+    """A step at gradient 0 (no row has weight) multiplies matrices by 1 - 0.1 * 0.5 and leaves norms alone."""
+    worker = actor(0, 1, folder, "float32", 29611, {"learning_rate": 0.1, "weight_decay": 0.5})
+    before = whole_weights(worker)
+    worker.update(minibatch(), [[]])
+    for name, tensor in whole_weights(worker).items():
+        torch.testing.assert_close(tensor, before[name] * (0.95 if tensor.dim() == 2 else 1.0))

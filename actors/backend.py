@@ -10,6 +10,7 @@ The only importer of deepspeed. It keeps three promises that the rest of Quartet
 Every method is collective: all ranks call it, the same number of times and in the same order.
 """
 
+import importlib
 import logging
 import math
 import os
@@ -54,6 +55,7 @@ class Backend:
         num_elements = sum(p.numel() for p in model.parameters())
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         _skip_compiling_shared_memory_op()
+        _import_muon_uncompiled()
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.adamw,
@@ -192,6 +194,16 @@ def _skip_compiling_shared_memory_op() -> None:
     """
     if not torch.cuda.is_available():
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+
+
+def _import_muon_uncompiled() -> None:
+    """ZeRO imports Muon to ask whether we use it; Muon's decorators would load torch's compiler, 4 s of CPU a process."""
+    compile_ = deepspeed.runtime.compiler.compile
+    deepspeed.runtime.compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        deepspeed.runtime.compiler.compile = compile_
 
 
 def _adamw(model: LanguageModel, settings: Optimizer) -> torch.optim.AdamW:

@@ -1,12 +1,15 @@
-"""The rollout engine: vLLM in this process's children, token-in token-out, with the actor's weights behind it.
+"""The rollout engine: vLLM in this process's children, token-in token-out, with the actor's weights behind
+it.
 
-One ``EngineWorker`` is one replica. It never speaks text to vLLM: prompts go in as token ids, responses come out as token
-ids with the log-probs the sampler drew from, and each rollout names the oldest weights that produced one of its tokens.
+One ``EngineWorker`` is one replica. It never speaks text to vLLM: prompts go in as token ids, responses come
+out as token ids with the log-probs the sampler drew from, and each rollout names the oldest weights that
+produced one of its tokens.
 
-Who waits for whom: ``generate`` calls run side by side; ``receive_weights`` freezes them where they stand (vLLM's pause
-"keep"), waits for the sender, and lets them go on. Between start and finish of an update the model lies on ``meta``, so a
-step in between would kill the engine. The frozen requests are prefilled again: their old keys and values came from the old
-weights. When an update fails the engine holds half a model: it stays frozen, and every later call says why.
+Who waits for whom: ``generate`` calls run side by side; ``receive_weights`` freezes them where they stand
+(vLLM's pause "keep"), waits for the sender, and lets them go on. Between start and finish of an update the
+model lies on ``meta``, so a step in between would kill the engine. The frozen requests are prefilled again:
+their old keys and values came from the old weights. When an update fails the engine holds half a model: it
+stays frozen, and every later call says why.
 """
 
 import asyncio
@@ -34,25 +37,30 @@ _CPU_KV_CACHE_MB = 256
 
 
 def environment(config: EngineConfig, device: Device) -> dict[str, str]:
-    """Variables that vLLM and its children read while they are imported; also for Ray's runtime environment."""
+    """Variables that vLLM and its children read while they are imported; also for Ray's runtime
+    environment."""
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if device == "cuda":
         return quiet
     # The CPU platform turns executor "uni" into "mp", a process more, unless this says otherwise.
     single = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if config.tensor_parallel == 1 else {}
-    return quiet | single | {
-        "OMP_NUM_THREADS": str(config.threads),
-        "OMP_WAIT_POLICY": "passive",  # threads that spin on busy cores cost a factor of 30
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "TORCH_COMPILE_DISABLE": "1",  # otherwise the first generate compiles a log-prob function for 10 s
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    return (
+        quiet
+        | single
+        | {
+            "OMP_NUM_THREADS": str(config.threads),
+            "OMP_WAIT_POLICY": "passive",  # threads that spin on busy cores cost a factor of 30
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "TORCH_COMPILE_DISABLE": "1",  # else the first generate compiles for 10 s
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    )
 
 
 class EngineWorker:
     """One vLLM replica. ``start`` before anything else."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one line per fact, all by name
         self,
         *,
         config: EngineConfig,
@@ -110,18 +118,23 @@ class EngineWorker:
     ) -> list[Rollout]:
         """One request per sample, each with its own seed; greedy log-probs are those at temperature 1.
 
-        The end-of-sequence token, where there is one, is the last sampled token. ValueError for a prompt without room.
+        The end-of-sequence token, where there is one, is the last sampled token. ValueError for a prompt that
+        leaves no room.
         """
         self._refuse_if_broken()
         if len(seeds) != num_samples:
-            raise ValueError(f"{len(seeds)} seeds for {num_samples} samples of prompt {prompt.uid}; give one each")
+            raise ValueError(
+                f"{len(seeds)} seeds for {num_samples} samples of prompt {prompt.uid}; give one each"
+            )
         if len(prompt.tokens) >= self._max_length:
             raise ValueError(
-                f"prompt {prompt.uid} (row {prompt.row}) has {len(prompt.tokens)} tokens and leaves no room in "
-                f"model.max_length={self._max_length}; drop it (too_long: drop) or raise model.max_length"
+                f"prompt {prompt.uid} (row {prompt.row}) has {len(prompt.tokens)} tokens and leaves no "
+                f"room in model.max_length={self._max_length}; drop it (too_long: drop) or raise the latter"
             )
         async with asyncio.TaskGroup() as group:  # one failure cancels, and thereby aborts, its siblings
-            tasks = [group.create_task(self._sample(prompt, k, sampling, seed)) for k, seed in enumerate(seeds)]
+            tasks = [
+                group.create_task(self._sample(prompt, k, sampling, seed)) for k, seed in enumerate(seeds)
+            ]
         return [task.result() for task in tasks]
 
     async def _sample(self, prompt: Prompt, sample: int, sampling: Sampling, seed: int) -> Rollout:
@@ -143,7 +156,9 @@ class EngineWorker:
         if completion.finish_reason not in reasons:
             raise RuntimeError(f"engine {self._index} ended {uid} with {completion.finish_reason!r}")
         spans = completion.weight_versions or []
-        scores = tuple(entry[token].logprob for entry, token in zip(completion.logprobs, response, strict=True))
+        scores = tuple(
+            entry[token].logprob for entry, token in zip(completion.logprobs, response, strict=True)
+        )
         return Rollout(
             uid=uid,
             prompt=prompt,
@@ -156,7 +171,8 @@ class EngineWorker:
         )
 
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """log p(tokens[t] | tokens[:t]) for t = 1, 2, ... at temperature 1, through the engine's own lm_head."""
+        """log p(tokens[t] | tokens[:t]) for t = 1, 2, ... at temperature 1, through the engine's own
+        lm_head."""
         self._refuse_if_broken()
         self._num_probes += 1
         output = await self._request(
@@ -190,10 +206,9 @@ class EngineWorker:
             raise
         self._version, self._failure = version, None
         await self._llm.resume_generation()
-        who = f"engine {self._index} worker"
         return [
-            WeightReceipt(version=r["version"], checksums=r["checksums"], who=f"{who} {r['worker']}", num_bytes=r["num_bytes"])
-            for r in receipts
+            WeightReceipt(who=f"engine {self._index} worker {receipt.pop('worker')}", **receipt)
+            for receipt in receipts
         ]
 
     async def _update(self, version: int) -> list[dict[str, Any]]:
@@ -248,7 +263,8 @@ def _final_only(**sampling: Any) -> "SamplingParams":
 
 
 def _tokenizer(model: str, revision: str | None) -> tuple[Any, list[int]]:
-    """The tokenizer, and every id that ends a response: the tokenizer's and those of the generation config."""
+    """The tokenizer, and every id that ends a response: the tokenizer's and those of the generation
+    config."""
     from transformers import AutoTokenizer, GenerationConfig  # noqa: PLC0415
 
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)

@@ -1,7 +1,8 @@
-"""Several engines behind one handle: each prompt goes to the engine with the least work; weights go to all at once.
+"""Several engines behind one handle: each prompt goes to the engine with the least work; weights go to all at
+once.
 
-Which engine samples a prompt depends on who is free, so nothing random may: the seeds come from the run's seed and the
-sample's uid, and a run draws the same samples however many engines it has.
+Which engine samples a prompt depends on who is free, so nothing random may: the seeds come from the run's
+seed and the sample's uid, and a run draws the same samples however many engines it has.
 """
 
 import asyncio

@@ -4,7 +4,7 @@ The weights of a minibatch sum to 1 over all ranks, each rank's loss is ``(weigh
 gradients are summed: so the step cannot depend on the number of ranks or micro-batches, or on padding.
 
 Every rank runs the same number of micro-batches (each forward pass is a collective under ZeRO-3). A rank without rows for
-one of them gets an empty list and runs row 0 with weights of zero.
+one of them gets an empty list and runs the first two rows with weights of zero: two, for objectives on pairs.
 """
 
 from abc import abstractmethod
@@ -60,7 +60,7 @@ class Learner(Worker):
         """
         if not micro_batches:
             raise ValueError(f"{self.role} rank {self.rank} got no micro-batch; give it [[]] to take part without rows")
-        sums: dict[str, float] = defaultdict(float)
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
         for number, positions in enumerate(micro_batches, start=1):
             part, weights = self._cut(minibatch, positions)
             loss = self.loss(self.output(part), part)
@@ -70,11 +70,11 @@ class Learner(Worker):
                 )
             total = _weigh(loss.values, weights)
             self.backend.accumulate(total, last=number == len(micro_batches))
-            sums["loss"] += float(total.detach())
-            sums["num_tokens"] += float(part.action_mask.sum()) if positions else 0.0
-            sums["weight"] += float(weights.sum())
+            sums["loss"] += total.detach()
+            sums["num_tokens"] += part.action_mask.sum() if positions else 0
+            sums["weight"] += weights.sum()
             for name, figure in loss.metrics.items():
-                sums[f"metrics/{name}"] += float(_weigh(figure, weights))
+                sums[f"metrics/{name}"] += _weigh(figure, weights)
         return _means(self._add_over_ranks(sums)) | self.backend.step()
 
     def update_rows(
@@ -112,16 +112,16 @@ class Learner(Worker):
 
     def _cut(self, minibatch: Minibatch, positions: Sequence[int]) -> tuple[Any, Tensor]:
         """The rows at these positions and their weights, both without the columns that only other rows needed."""
-        index = torch.tensor(list(positions) or [0])
+        index = torch.tensor(list(positions or range(min(2, len(minibatch.rows)))))
         part = to_device(take(minibatch.records, minibatch.rows[index]), self.device)
         weights = minibatch.weights[index].to(self.device)
         if weights.dim() == 2:
             weights = weights[:, : part.tokens.shape[1]]
         return part, weights if positions else torch.zeros_like(weights)
 
-    def _add_over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
+    def _add_over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """In one call. The keys are those of the loss function: the same, in the same order, on every rank."""
-        flat = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)
+        flat = torch.stack(list(sums.values()))
         if self.world_size > 1:
             dist.all_reduce(flat)
         return dict(zip(sums, flat.tolist(), strict=True))

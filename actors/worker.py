@@ -7,6 +7,7 @@ own process. ``setup`` is apart from the constructor because the address of rank
     all ranks: setup(rank, world_size, host, port, ...)     waits until all have joined, or timeout_s
 """
 
+import atexit
 import os
 import random
 import socket
@@ -98,6 +99,7 @@ class Worker(ABC):
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         device_id = self.device if self.device.type == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
+        atexit.register(dist.destroy_process_group)  # NCCL complains when the process ends without
 
     def describe(self) -> RosterLine:
         return RosterLine(role=self.role, rank=self.rank, pid=os.getpid(), node=socket.gethostname())
@@ -106,6 +108,4 @@ class Worker(ABC):
         """Answers when the process is alive and not inside another call."""
 
     def close(self) -> None:
-        """Leaves the others. The process ends with its Ray actor."""
-        if self.collective and dist.is_initialized():
-            dist.destroy_process_group()
+        """Lets the model go. The process group stays until the process ends: DeepSpeed keeps it and takes no other."""

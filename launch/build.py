@@ -7,6 +7,7 @@ from ray.util.placement_group import PlacementGroup
 
 from actors.actor import Actor
 from actors.critic import Critic
+from actors.fleet import EngineFleet
 from actors.group import (
     ActorGroup,
     LearnerGroup,
@@ -23,7 +24,7 @@ from actors.reward import RewardLearner, RewardModel
 from actors.reward_function import FunctionReward
 from actors.worker import RosterLine
 from launch.cluster import Cluster
-from launch.engines import connect_weights, start_engines
+from launch.engines import connect_weights, spawn_engines
 from launch.environment import WORKER_ENV
 from orchestrator.config import Model, Optimizer, Run, Workers
 from orchestrator.placement import Layout
@@ -76,7 +77,9 @@ class Crew:
         settings = {"model": model, "optimizer": optimizer, "total_steps": steps, "loss": loss}
         return await self.group(Actor, ActorGroup, "actor", **settings)
 
-    async def reward_learner(self, model: Model, optimizer: Optimizer, *, steps: int, loss: LossFunction) -> PairLearnerGroup:
+    async def reward_learner(
+        self, model: Model, optimizer: Optimizer, *, steps: int, loss: LossFunction
+    ) -> PairLearnerGroup:
         settings = {"model": model, "optimizer": optimizer, "total_steps": steps, "loss": loss}
         return await self.group(RewardLearner, PairLearnerGroup, "reward", **settings)
 
@@ -95,7 +98,7 @@ class Crew:
                 Actor, ActorGroup, "actor", model=model("actor"), optimizer=table.actor.optimizer, total_steps=total_steps,
                 loss=rl.algorithm.policy_loss, temperature=temperature, entropy=rl.algorithm.wants_entropy,
             ),
-            "engine": start_engines(self, models["actor"]),
+            "engine": self._engines(models["actor"]),
             "reward": self._reward(models),
         }  # fmt: skip
         if "critic" in rl.algorithm.roles():
@@ -111,6 +114,15 @@ class Crew:
         roles = Roles(**dict(zip(starts, handles, strict=True)))
         await connect_weights(self.run, roles.actor, roles.engine)
         return roles
+
+    async def _engines(self, model: str) -> EngineFleet:
+        engines = spawn_engines(self.run, model, self.layout.seats["engine"], self.groups)
+        fleet = EngineFleet(engines, run_seed=self.run.seed)
+        self.keep(fleet)
+        await asyncio.gather(*(engine.start() for engine in engines))
+        for lines in await asyncio.gather(*(engine.describe() for engine in engines)):
+            self.record(lines)
+        return fleet
 
     async def _reward(self, models: dict[str, str]) -> RewardGroup:
         place = self.run.roles.reward

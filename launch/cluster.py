@@ -38,13 +38,19 @@ class Cluster(AbstractContextManager["Cluster"]):
         self._roster: list[RosterLine] = []
 
     def __enter__(self) -> Self:
-        local = {"num_cpus": os.cpu_count(), "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        local = {
+            "num_cpus": os.cpu_count(),
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
         where: dict[str, Any] = local if self._address is None else {"address": self._address}
         ray.init(logging_level="warning", log_to_driver=False, **where)
         self.record(RosterLine(role="driver", rank=0, pid=os.getpid(), node=ray.util.get_node_ip_address()))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
         ray.shutdown()
 

@@ -1,7 +1,8 @@
 """Starts the rollout engines and connects the actor's weights to them."""
 
-import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+
+from ray.util.placement_group import PlacementGroup
 
 from actors.engine import Device, EngineWorker, environment
 from actors.fleet import EngineFleet
@@ -10,32 +11,25 @@ from actors.remote_engine import RemoteEngine
 from actors.weights.wire import Transport
 from launch.environment import WORKER_ENV
 from orchestrator.config import Run
-
-if TYPE_CHECKING:
-    from launch.build import Crew
+from orchestrator.placement import Seat
 
 
-async def start_engines(crew: "Crew", model: str) -> EngineFleet:
-    """One Ray worker per replica; returns when every engine has loaded the model."""
-    run = crew.run
+def spawn_engines(
+    run: Run, model: str, seats: Sequence[Seat], groups: Sequence[PlacementGroup]
+) -> list[RemoteEngine]:
+    """One Ray worker per replica; their models load in ``start``."""
     device: Device = "cuda" if run.engine.gpus else "cpu"
-    engines = [
+    return [
         RemoteEngine(
             spawn(
-                EngineWorker, who=f"engine {index}", seat=seat, group=crew.groups[seat.group],
+                EngineWorker, who=f"engine {index}", seat=seat, group=groups[seat.group],
                 env={**WORKER_ENV, **environment(run.engine, device)}, deadlines=run.deadlines,
                 config=run.engine, model=model, revision=run.model.revision, dtype=run.model.dtype,
                 max_length=run.model.max_length, index=index, device=device, transport=transport(run),
             )
         )
-        for index, seat in enumerate(crew.layout.seats["engine"])
+        for index, seat in enumerate(seats)
     ]  # fmt: skip
-    fleet = EngineFleet(engines, run_seed=run.seed)
-    crew.keep(fleet)
-    await asyncio.gather(*(engine.start() for engine in engines))
-    for lines in await asyncio.gather(*(engine.describe() for engine in engines)):
-        crew.record(lines)
-    return fleet
 
 
 def transport(run: Run) -> Transport:
@@ -50,6 +44,9 @@ async def connect_weights(run: Run, actor: ActorGroup, engines: EngineFleet) -> 
     """Opens the channel once; every later sync uses it."""
     world_size = 1 + run.engine.replicas * run.engine.tensor_parallel
     address = await actor.open_channel(
-        transport(run), run.engine.dtype or run.model.dtype, bucket_mb=run.engine.bucket_mb, world_size=world_size
+        transport(run),
+        run.engine.dtype or run.model.dtype,
+        bucket_mb=run.engine.bucket_mb,
+        world_size=world_size,
     )
     await engines.join_weights(address)

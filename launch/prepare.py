@@ -72,7 +72,9 @@ def with_task(run: Run, folder: Path) -> Run:
     if run.sft:
         changes["sft"] = run.sft.model_copy(update={"data": files.sft})
     if run.reward_model:
-        changes["reward_model"] = run.reward_model.model_copy(update={"data": files.pairs, "heldout": files.heldout_pairs})
+        changes["reward_model"] = run.reward_model.model_copy(
+            update={"data": files.pairs, "heldout": files.heldout_pairs}
+        )
     if run.rl:
         evaluation = (run.rl.evaluation or Evaluation()).model_copy(update={"prompts": files.heldout_prompts})
         changes["rl"] = run.rl.model_copy(update={"prompts": files.prompts, "evaluation": evaluation})
@@ -81,7 +83,10 @@ def with_task(run: Run, folder: Path) -> Run:
 
 def role_models(run: Run) -> dict[str, str]:
     """The models that the run names beside the base, by field."""
-    named = {f"roles.{role}.model": getattr(run.roles, role).model for role in ("actor", "critic", "reward", "reference")}
+    named = {
+        f"roles.{role}.model": getattr(run.roles, role).model
+        for role in ("actor", "critic", "reward", "reference")
+    }
     if run.reward_model:
         named["reward_model.model"] = run.reward_model.model
     return {field: path for field, path in named.items() if path}
@@ -92,22 +97,32 @@ def load_tokenizer(path: str, revision: str | None, *, field: str) -> PreTrained
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{field}={path!r} has no tokenizer that loads ({reason}); give a Hub id or a model folder") from error
+        raise ValueError(
+            f"{field}={path!r} has no tokenizer that loads ({reason}); give a Hub id or a model folder"
+        ) from error
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{field}={path!r}: the tokenizer has no EOS token, so no response could end; set eos_token")
+        raise ValueError(
+            f"{field}={path!r}: the tokenizer has no EOS token, so no response could end; set eos_token"
+        )
     return tokenizer
 
 
 def _check_length(model: Model) -> None:
-    limit = getattr(AutoConfig.from_pretrained(model.path, revision=model.revision), "max_position_embeddings", None)
+    limit = getattr(
+        AutoConfig.from_pretrained(model.path, revision=model.revision), "max_position_embeddings", None
+    )
     if limit is not None and model.max_length > limit:
-        raise ValueError(f"model.max_length={model.max_length} is more than the {limit} positions of {model.path}; lower it")
+        raise ValueError(
+            f"model.max_length={model.max_length} is more than the {limit} positions of {model.path}; lower it"
+        )
 
 
 def _pairs(stage: RewardModel, model: Model, tokenizer: PreTrainedTokenizerBase) -> tuple[Units, Units]:
     pairs = read_pairs(stage.data, tokenizer, max_length=model.max_length, field="reward_model.data")
     if stage.heldout is not None:
-        heldout = read_pairs(stage.heldout, tokenizer, max_length=model.max_length, field="reward_model.heldout")
+        heldout = read_pairs(
+            stage.heldout, tokenizer, max_length=model.max_length, field="reward_model.heldout"
+        )
     else:
         count = max(1, round(len(pairs) * stage.heldout_fraction))
         pairs, heldout = pairs[:-count], pairs[-count:]

@@ -13,7 +13,7 @@ from launch.session import Session
 from orchestrator import metrics as names
 from orchestrator.batch import Batch, Prompt, ScoredRollout, StopReason
 from orchestrator.checkpoint import Checkpoints
-from orchestrator.config import RL
+from orchestrator.config import RL, Run
 from orchestrator.evaluate import evaluate
 from orchestrator.ledger import Ledger
 from orchestrator.loop import train
@@ -40,8 +40,8 @@ async def run_rl(session: Session, models: dict[str, str]) -> StageResult:
         journal = Journal(session, rl, roles, ledger, timeline)
         start = await journal.restore()
         await train(
-            rl, roles, ledger, observer=journal, probe=probe_of(prompts.prompts, run.engine.dtype or run.model.dtype),
-            start=start, seed=run.seed, pad_id=session.materials.pad_id,
+            rl, roles, ledger, observer=journal, probe=probe_of(prompts.prompts, run), start=start,
+            seed=run.seed, pad_id=session.materials.pad_id,
         )  # fmt: skip
         folder = session.folder.path / "model"
         await roles.actor.export(folder)
@@ -50,14 +50,16 @@ async def run_rl(session: Session, models: dict[str, str]) -> StageResult:
         await crew.close()
 
 
-def probe_of(prompts: Sequence[Prompt], dtype: str) -> Probe:
-    """The first prompts, one after the other: text as the policy meets it."""
+def probe_of(prompts: Sequence[Prompt], run: Run) -> Probe:
+    """The first prompts, one after the other: text as the policy meets it. One token less than the engine's longest."""
+    length = min(PROBE_TOKENS, run.model.max_length - 1)
     tokens: list[int] = []
     for prompt in prompts:
         tokens += prompt.tokens
-        if len(tokens) >= PROBE_TOKENS:
+        if len(tokens) >= length:
             break
-    return Probe(tokens=tuple(tokens[:PROBE_TOKENS]), tolerance=Probe.tolerance_of(dtype))
+    dtype = run.engine.dtype or run.model.dtype
+    return Probe(tokens=tuple(tokens[:length]), tolerance=Probe.tolerance_of(dtype))
 
 
 class Journal:
@@ -120,8 +122,12 @@ class Journal:
         prompts, judge = self.session.materials.heldout_prompts, self.session.materials.judge
         if prompts is None or judge is None:
             return
-        accuracy = await evaluate(self.roles.engine, prompts, judge, max_new_tokens=self.rl.sampling.max_new_tokens)
+        accuracy = await evaluate(
+            self.roles.engine, prompts, judge, max_new_tokens=self.rl.sampling.max_new_tokens
+        )
         self.session.tracker.log("rl", step, {"heldout_accuracy": accuracy})
-        self.session.progress.note(f"held-out accuracy {accuracy:.3f} on {len(prompts)} prompts after step {step}")
+        self.session.progress.note(
+            f"held-out accuracy {accuracy:.3f} on {len(prompts)} prompts after step {step}"
+        )
         if name != names.ACCURACY:
             self.accuracies[name] = accuracy

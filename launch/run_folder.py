@@ -1,8 +1,8 @@
 """The run directory: who may write into it, what it remembers of finished stages.
 
-    config.yaml   the resolved run            roster.json    every process
-    stages.json   what has finished           metrics.jsonl  one line per step
-    <stage>/      a stage's own files         model/         the result
+config.yaml   the resolved run            roster.json    every process
+stages.json   what has finished           metrics.jsonl  one line per step
+<stage>/      a stage's own files         model/         the result
 """
 
 import fcntl
@@ -36,21 +36,27 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                 "(deletes it), or choose another run_dir"
             )
         if self.path.exists() and not config.exists() and any(self.path.iterdir()):
-            raise ValueError(f"run_dir={self.path} holds files that are no run of Quartet; choose another run_dir")
+            raise ValueError(
+                f"run_dir={self.path} holds files that are no run of Quartet; choose another run_dir"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock)
-            raise ValueError(f"run_dir={self.path} is in use by another run; choose another run_dir") from None
+            raise ValueError(
+                f"run_dir={self.path} is in use by another run; choose another run_dir"
+            ) from None
         if self._fresh:
             for entry in self.path.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         write_run(self._run, config)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._lock)
 
     def finished(self) -> dict[str, StageResult]:

@@ -49,7 +49,9 @@ async def run_reward_model(session: Session, base: str) -> StageResult:
     session.progress.header(f"reward_model: {len(units)} pairs, {steps} steps")
     crew = Crew(session.run, session.cluster, ["reward"])
     try:
-        learner = await crew.reward_learner(_model(session, base), stage.optimizer, steps=steps, loss=reward_model.loss)
+        learner = await crew.reward_learner(
+            _model(session, base), stage.optimizer, steps=steps, loss=reward_model.loss
+        )
         log = _logger(session, "reward_model", steps)
         await fit(
             learner, units, weights=reward_model.weights, batch_size=stage.batch_size, steps=steps,

@@ -30,11 +30,19 @@ def main(run: Run, *, resume: bool, fresh: bool) -> int:
                 session = Session(
                     materials=materials, folder=folder, cluster=cluster, progress=Progress(), tracker=tracker
                 )
-                results = asyncio.run(stages(session))
+                results = run_stages(session)
         finally:
             tracker.close()
         session.progress.summary("done", summary(session, results, time.monotonic() - started))
     return 0
+
+
+def run_stages(session: Session) -> dict[str, StageResult]:
+    """A ValueError from here on is no bad input of the user's: it keeps its traceback."""
+    try:
+        return asyncio.run(stages(session))
+    except ValueError as error:
+        raise RuntimeError(f"the run stopped: {error}") from error
 
 
 async def stages(session: Session) -> dict[str, StageResult]:

@@ -1,11 +1,13 @@
 """Texts and chat messages -> tokens, in one way for SFT, preference pairs and the engine.
 
-The invariant: the tokens of a prompt are a function of the prompt alone. A supervised row is those tokens, then the
-response's tokens, then EOS: what SFT trains on is what the engine continues. A response ends with the tokenizer's EOS
-and not with what the chat template writes after it (ChatML adds a newline), because EOS is where the engine stops.
+The invariant: the tokens of a prompt are a function of the prompt alone. A supervised row is those tokens,
+then the response's tokens, then EOS: what SFT trains on is what the engine continues. A response ends with
+the tokenizer's EOS and not with what the chat template writes after it (ChatML adds a newline), because EOS
+is where the engine stops.
 
-BOS follows the tokenizer: where its own encoding starts with BOS, every prompt starts with exactly one, whether the chat
-template writes it too or not (BUGS A15); where it does not (GPT-2, SmolLM2), none is invented.
+BOS follows the tokenizer: where its own encoding starts with BOS, every prompt starts with exactly one,
+whether the chat template writes it too or not (BUGS A15); where it does not (GPT-2, SmolLM2), none is
+invented.
 
     [{"role": "user", "content": "Hi"}]  and  [{"from": "human", "value": "Hi"}]  are the same messages
 """
@@ -13,13 +15,15 @@ template writes it too or not (BUGS A15); where it does not (GPT-2, SmolLM2), no
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError
 
 Message = dict[str, str]  # role, content
 
-ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "bot": "assistant"}  # ShareGPT's names for ours
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # ShareGPT's names -> ours
+NEXT = {"user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 KNOWN_ROLES = ("system", "user", "assistant", "tool")
 TURN = re.compile(r"\n\n(Human|Assistant):")  # dialogues of hh-rlhf
 LAST_ASSISTANT = "\n\nAssistant:"
@@ -42,8 +46,8 @@ class Encoder:
         """Raises ValueError when the template is asked for and there is none."""
         if use_template and not tokenizer.chat_template:
             raise ValueError(
-                f"{field}.chat_template=True, but the tokenizer {tokenizer.name_or_path!r} has no chat template; "
-                "set it to false, or use an instruct model"
+                f"{field}.chat_template=True, but the tokenizer {tokenizer.name_or_path!r} has no chat "
+                "template; set it to false, or use an instruct model"
             )
         bos = tokenizer.bos_token_id
         adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
@@ -68,19 +72,22 @@ class Encoder:
         return (*self._encode(text), self.tokenizer.eos_token_id)
 
     def _encode(self, text: Any) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _render(self, messages: list[Message]) -> str:
         if not self.tokenizer.chat_template:
-            raise BadRowError("a list of messages needs a chat template, and the tokenizer has none; use an instruct model")
+            raise BadRowError(
+                "messages need a chat template, and the tokenizer has none; use an instruct model"
+            )
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            template = self.tokenizer.apply_chat_template
+            return str(template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
-            raise BadRowError(f"the chat template refuses the messages ({error}); change their roles") from error
+            raise BadRowError(f"the chat template refuses the messages ({error}); change them") from error
 
 
 def clean(value: object, what: str, *, empty: bool = False) -> str:
-    """The text itself; BadRowError for another type, a text that UTF-8 cannot hold, or (unless allowed) an empty one."""
+    """The text itself; BadRowError for None, another type, a lone surrogate, or (unless allowed) emptiness."""
     if value is None:
         raise BadRowError(f"{what} is None; fill it in")
     if not isinstance(value, str):
@@ -95,16 +102,15 @@ def clean(value: object, what: str, *, empty: bool = False) -> str:
 
 
 def to_messages(values: Sequence[object], what: str) -> list[Message]:
-    """Messages of either style, checked: a system message only at the start, then user and assistant in turn."""
+    """Messages of either style: a system message only at the start, then user and assistant in turn."""
     if not values:
         raise BadRowError(f"{what} is an empty list; give it at least one message")
     messages = [to_message(value, f"{what}[{i}]") for i, value in enumerate(values)]
     turns = [m["role"] for m in messages]
     turns = turns[1:] if turns[0] == "system" else turns
-    expected = {"system": (), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-    fits = turns[:1] == ["user"] and all(b in expected[a] for a, b in zip(turns, turns[1:], strict=False))
-    if not fits:
-        raise BadRowError(f"{what} has the roles {' '.join(m['role'] for m in messages)}; expected [system] user assistant ...")
+    if turns[:1] != ["user"] or not all(b in NEXT.get(a, ()) for a, b in pairwise(turns)):
+        found = " ".join(m["role"] for m in messages)
+        raise BadRowError(f"{what} has the roles {found}; expected [system] user assistant user ...")
     return messages
 
 

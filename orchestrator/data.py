@@ -1,18 +1,17 @@
 """Prompts, supervised rows and preference pairs, tokenised and checked before any model is loaded.
 
-Every bad row of a file is reported in one error, with its number and the remedy. What these functions return is good:
-no later stage meets an empty prompt, a prompt without room for an answer, or a row longer than the model.
+Every bad row of a file is reported in one error, with its number and the remedy. What these functions return
+is good: no later stage meets an empty prompt, a prompt without room for an answer, or an over-long row.
 
     {"prompt": "2+3=", "response": "5"}   one token a character, EOS 9, no BOS
     read_prompts   Prompt(tokens=(2, 10, 3, 11), text="2+3=", ...)
-    read_examples  ((2, 10, 3, 11, 5, 9), (False, False, False, False, True, True))      the final EOS is trained (BUGS A7)
+    read_examples  ((2, 10, 3, 11, 5, 9), (False, False, False, False, True, True)), EOS trained (BUGS A7)
     read_pairs     [chosen row, rejected row]
 """
 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -37,14 +36,14 @@ class TooLongError(BadRowError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """The prompts of a run in file order. Their uids are those of epoch 0; the ledger gives each epoch its own."""
+    """The prompts of a run in file order, with the uids of epoch 0; the ledger gives each epoch its own."""
 
     prompts: tuple[Prompt, ...]
     num_dropped: int  # too long, left out because ``too_long`` says so
 
 
 def read_prompts(data: PromptData, tokenizer: Any, *, room: int, field: str) -> PromptSet:
-    """``room``: tokens that a prompt may have, max_length - max_new_tokens. ValueError lists every bad row."""
+    """``room``: tokens a prompt may have, max_length - max_new_tokens. ValueError lists every bad row."""
     rows = read_rows(data.path, split=data.split, max_rows=data.max_rows, field=field)
     require_columns(rows, {"prompt_key": data.prompt_key, "label_key": data.label_key or ""}, field)
     if not data.prompt_key:
@@ -58,36 +57,36 @@ def read_prompts(data: PromptData, tokenizer: Any, *, room: int, field: str) -> 
         label = _label(row.get(data.label_key), data.label_key) if data.label_key else None
         return Prompt(uid=f"0/{number}", row=number, tokens=tokens, text=text, label=label)
 
-    prompts = _convert(rows, read, too_long=data.too_long, complaints=Complaints(field, data.path))
+    prompts = _convert(
+        rows, read, too_long=data.too_long, complaints=Complaints(f"{field}.path={data.path!r}")
+    )
     return PromptSet(prompts=tuple(prompts), num_dropped=len(rows) - len(prompts))
 
 
 def read_examples(data: ChatData, tokenizer: Any, *, max_length: int, field: str) -> list[Example]:
-    """Rows of the SFT stage: the tokens of the prompt, then of the response and EOS. ValueError lists every bad row."""
+    """Rows of the SFT stage: prompt, response, EOS. ValueError lists every bad row."""
     rows = read_rows(data.path, split=data.split, max_rows=data.max_rows, field=field)
-    keys = {"prompt_key": data.prompt_key, "response_key": data.response_key, "input_key": data.input_key or ""}
-    require_columns(rows, keys, field)
+    require_columns(rows, _keys(data), field)
     encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field)
 
     def read(row: dict[str, Any], number: int) -> Example:
         prompt, (response,) = _conversation(row, data, (data.response_key,))
         return _example(encoder, prompt, clean(response, "the response"), max_length)
 
-    return _convert(rows, read, too_long=data.too_long, complaints=Complaints(field, data.path))
+    return _convert(rows, read, too_long=data.too_long, complaints=Complaints(f"{field}.path={data.path!r}"))
 
 
 def read_pairs(data: ChatData, tokenizer: Any, *, max_length: int, field: str) -> list[list[Example]]:
-    """[chosen, rejected] of every row. An empty response is a response (hh-rlhf has some). ValueError lists every bad row."""
+    """[chosen, rejected] of every row; silence is a response (hh-rlhf). ValueError lists every bad row."""
     rows = read_rows(data.path, split=data.split, max_rows=data.max_rows, field=field)
-    keys = {"prompt_key": data.prompt_key, "response_key": data.response_key, "rejected_key": data.rejected_key}
-    require_columns(rows, {**keys, "input_key": data.input_key or ""}, field)
+    require_columns(rows, {**_keys(data), "rejected_key": data.rejected_key}, field)
     encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field)
 
     def read(row: dict[str, Any], number: int) -> list[Example]:
         prompt, responses = _conversation(row, data, (data.response_key, data.rejected_key))
         return [_example(encoder, prompt, response, max_length) for response in responses]
 
-    return _convert(rows, read, too_long=data.too_long, complaints=Complaints(field, data.path))
+    return _convert(rows, read, too_long=data.too_long, complaints=Complaints(f"{field}.path={data.path!r}"))
 
 
 _REMEDY = "shorten it, raise model.max_length, or set too_long: drop"
@@ -117,17 +116,18 @@ def _convert(
             complaints.add(number, str(error))
     complaints.raise_all()
     if not kept:
-        raise ValueError(f"{complaints.field}.path={complaints.path!r}: all {len(rows)} rows are too long; {_REMEDY[:-24]}")
+        raise ValueError(f"{complaints.where}: all {len(rows)} rows are too long; raise model.max_length")
     if dropped:
-        text = "%s.path=%r: dropped %d of %d rows that are too long, the first of them %s (numbered from 0)"
-        log.warning(text, complaints.field, complaints.path, len(dropped), len(rows), dropped[:10])
+        text = "%s: dropped %d of %d rows that are too long, the first of them %s (numbered from 0)"
+        log.warning(text, complaints.where, len(dropped), len(rows), dropped[:10])
     return kept
 
 
 def _example(encoder: Encoder, prompt: PromptValue, response: str, max_length: int) -> Example:
     start, end = encoder.prompt(prompt)[1], encoder.response(response)
     if len(start) + len(end) > max_length:
-        raise TooLongError(f"the row has {len(start)} + {len(end)} tokens, model.max_length is {max_length}; {_REMEDY}")
+        found = f"the row has {len(start)} + {len(end)} tokens, model.max_length is {max_length}"
+        raise TooLongError(f"{found}; {_REMEDY}")
     return start + end, (False,) * len(start) + (True,) * len(end)
 
 
@@ -139,7 +139,7 @@ def _conversation(row: dict[str, Any], data: ChatData, keys: Sequence[str]) -> t
     extra = row.get(data.input_key) if data.input_key else None
     if extra:
         if not isinstance(prompt, str):
-            raise BadRowError(f"{data.input_key} cannot be appended to a list of messages; leave input_key out")
+            raise BadRowError(f"{data.input_key} cannot be appended to messages; leave input_key out")
         prompt = f"{prompt}\n{clean(extra, str(data.input_key))}"
     return prompt, [_response(row.get(key), prompt, key) for key in keys]
 
@@ -150,7 +150,7 @@ def _prompt_value(value: object, key: str) -> PromptValue:
         return clean(value, key)
     messages = to_messages(value, key)
     if messages[-1]["role"] == "assistant":
-        raise BadRowError(f"{key} ends with the assistant, so there is nothing to answer; end it with the user")
+        raise BadRowError(f"{key} ends with the assistant, so nothing is to answer; end it with the user")
     return messages
 
 
@@ -163,22 +163,33 @@ def _response(value: object, prompt: PromptValue, key: str) -> str:
     if not messages or messages[-1]["role"] != "assistant":
         raise BadRowError(f"{key} does not end with the assistant; give it the assistant's message")
     if messages[:-1] not in ([], before):
-        raise BadRowError(f"{key} starts with other messages than the prompt; give it only the assistant's message")
+        raise BadRowError(f"{key} starts unlike the prompt; give it only the assistant's message")
     return messages[-1]["content"]
 
 
 def _shared_prefix(values: Sequence[object], keys: Sequence[str]) -> tuple[PromptValue, list[str]]:
-    """Whole dialogues: the prompt is what they share up to the assistant's last common turn, the rest is response."""
-    if all(isinstance(value, list) for value in values):
-        dialogues = [to_messages(value, key) for value, key in zip(values, keys, strict=True)]  # type: ignore[arg-type]
-        prompt = dialogues[0][:-1]
-        return _prompt_value(prompt, keys[0]), [_response(d, prompt, k) for d, k in zip(dialogues, keys, strict=True)]
+    """Whole dialogues: what they share up to the assistant's last common turn is the prompt."""
+    first = values[0]
+    if isinstance(first, list):
+        prompt = _prompt_value(to_messages(first, keys[0])[:-1], keys[0])
+        return prompt, [_response(value, prompt, key) for value, key in zip(values, keys, strict=True)]
     texts = [clean(value, key) for value, key in zip(values, keys, strict=True)]
-    start = os.path.commonprefix(texts).rfind(LAST_ASSISTANT)
+    shared = next((i for i, chars in enumerate(zip(*texts, strict=False)) if len(set(chars)) > 1), None)
+    start = texts[0][: min(map(len, texts)) if shared is None else shared].rfind(LAST_ASSISTANT)
     if start < 0:
-        raise BadRowError(f"{' and '.join(keys)} share no prompt that ends with {LAST_ASSISTANT!r}; set prompt_key")
+        raise BadRowError(
+            f"{' and '.join(keys)}: no shared prompt ends with {LAST_ASSISTANT!r}; set prompt_key"
+        )
     start += len(LAST_ASSISTANT)
     return texts[0][:start], [text[start:] for text in texts]
+
+
+def _keys(data: ChatData) -> dict[str, str]:
+    return {
+        "prompt_key": data.prompt_key,
+        "response_key": data.response_key,
+        "input_key": data.input_key or "",
+    }
 
 
 def _label(value: object, key: str) -> str:
@@ -197,7 +208,7 @@ class Fingerprint:
     vocabulary: str  # hash of token -> id
     special_tokens: tuple[tuple[str, int | None], ...]  # (("bos", None), ("eos", 9))
     chat_template: str  # hash; "" without a template
-    probes: tuple[tuple[int, ...], ...]  # a few awkward texts: merges and normalisation are not in the vocabulary
+    probes: tuple[tuple[int, ...], ...]  # awkward texts: merges and normalisation are not in the vocabulary
 
 
 def fingerprint(tokenizer: Any) -> Fingerprint:
@@ -213,7 +224,7 @@ def fingerprint(tokenizer: Any) -> Fingerprint:
 def same_tokenizer(a: Any, b: Any, names: tuple[str, str]) -> None:
     """ValueError that says what differs, and how, between the tokenizers that ``names`` gave.
 
-    Roles exchange tokens, never text, so a role whose folder has no chat template is no conflict: nobody asks it.
+    Roles exchange tokens, never text, so a role whose folder has no chat template is no conflict.
     """
     left, right = fingerprint(a), fingerprint(b)
     if left.vocabulary != right.vocabulary:
@@ -227,12 +238,13 @@ def same_tokenizer(a: Any, b: Any, names: tuple[str, str]) -> None:
         what = "chat templates differ"
     else:
         return
-    raise ValueError(f"{names[0]} and {names[1]}: the tokenizers' {what}; use models that share one tokenizer")
+    raise ValueError(f"{names[0]} and {names[1]}: the tokenizers' {what}; use models that share a tokenizer")
 
 
 def _first_difference(a: dict[str, int], b: dict[str, int]) -> str:
     token = min(t for t in a.keys() | b.keys() if a.get(t) != b.get(t))
-    return f"{len(a)} and {len(b)} tokens, e.g. {token!r} is {a.get(token, 'absent')} and {b.get(token, 'absent')}"
+    there = (a.get(token, "absent"), b.get(token, "absent"))
+    return f"{len(a)} and {len(b)} tokens, e.g. {token!r} is {there[0]} and {there[1]}"
 
 
 def _hash(text: str) -> str:

@@ -28,7 +28,7 @@ def minibatches(experience: Experience, updates: Updates, *, constant_length: in
     shuffle = torch.Generator().manual_seed(seed)
     for _ in range(updates.epochs):
         order = torch.arange(B) if count == 1 else torch.randperm(B, generator=shuffle)
-        for rows in order.split(B // count):
+        for rows in order.view(count, B // count):
             mask = experience.action_mask[rows]
             yield Minibatch(
                 records=experience, rows=rows, weights=token_weights(mask, updates.aggregate, constant_length)

@@ -67,11 +67,11 @@ def needs(run: Run, roles: Sequence[str]) -> dict[str, Need]:
 def layout(run: Run, roles: Sequence[str]) -> Layout:
     """Bundles and seats for the roles of a stage; shared groups keep only the roles the stage has."""
     table = needs(run, roles)
-    shared = [[role for role in group if role in table] for group in run.placement.share]
-    alone = [[role] for role in roles if not any(role in group for group in shared)]
+    shared: list[list[str]] = [[role for role in group if role in table] for group in run.placement.share]
+    alone: list[list[str]] = [[role] for role in roles if not any(role in group for group in shared)]
     groups: list[tuple[Resources, ...]] = []
     seats: dict[str, tuple[Seat, ...]] = {}
-    for members in filter(None, [*shared, *alone]):
+    for members in [group for group in [*shared, *alone] if group]:
         bundles: list[Resources] = []
         for worker in range(max(table[role].workers for role in members)):
             here = [table[role] for role in members if worker < table[role].workers]

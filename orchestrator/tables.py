@@ -1,7 +1,7 @@
 """Rows of a file or a Hub data set, and the complaints about them. Nothing here knows prompts or tokens.
 
-A row that cannot be read does not end the reading: it becomes an ``Unreadable``, so that one error names every bad row
-of a file. Row numbers count from 0, blank lines left out.
+A row that cannot be read does not end the reading: it becomes an ``Unreadable``, so that one error names
+every bad row of a file. Row numbers count from 0, blank lines left out.
 """
 
 import csv
@@ -35,8 +35,7 @@ Row = dict[str, Any] | Unreadable
 class Complaints:
     """Bad rows of one table, collected; ``raise_all`` reports them together."""
 
-    field: str  # config path of the data, e.g. "rl.prompts"
-    path: str
+    where: str  # "rl.prompts.path='gsm8k.jsonl'"
     lines: list[str] = field(default_factory=list)
 
     def add(self, row: int, reason: str) -> None:
@@ -48,14 +47,14 @@ class Complaints:
         if self.lines:
             hidden = len(self.lines) - NUM_SHOWN
             more = [f"  ... and {hidden} more"] if hidden > 0 else []
-            head = f"{self.field}.path={self.path!r}: {len(self.lines)} bad rows (numbered from 0); correct or remove them"
+            head = f"{self.where}: {len(self.lines)} bad rows (numbered from 0); correct or remove them"
             raise ValueError("\n".join([head, *self.lines[:NUM_SHOWN], *more]))
 
 
 def read_rows(path: str, *, split: str, max_rows: int | None, field: str) -> list[Row]:
     """The first ``max_rows`` rows, in file order.
 
-    Raises ValueError, naming ``field``, when there is no such file, its format is unknown or damaged, or it is empty.
+    Raises ValueError, naming ``field``, for a missing file, an unknown or damaged format, and no rows.
     """
     where = f"{field}.path={path!r}"
     if not path:
@@ -66,12 +65,14 @@ def read_rows(path: str, *, split: str, max_rows: int | None, field: str) -> lis
         try:
             rows = READERS[suffix](file)
         except FileNotFoundError:
-            raise ValueError(f"{where}: no such file{_near(file)}; paths are relative to {Path.cwd()}") from None
+            message = f"{where}: no such file{_near(file)}; paths are relative to {Path.cwd()}"
+            raise ValueError(message) from None
         except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError, _arrow_error()) as error:
-            raise ValueError(f"{where} cannot be read: {error}; is the file complete, and its ending right?") from error
+            message = f"{where} cannot be read: {error}; is the file complete, and its ending right?"
+            raise ValueError(message) from error
     elif file.exists() or path.count("/") > 1 or path.startswith("."):
         state = "is no data file" if file.exists() else "does not exist"
-        raise ValueError(f"{where} {state}; give a file that ends in one of {', '.join(READERS)}, or a Hub id")
+        raise ValueError(f"{where} {state}; give a file ending in one of {', '.join(READERS)}, or a Hub id")
     else:
         rows = _read_hub(path, split, where)
     rows = rows[:max_rows]
@@ -89,7 +90,8 @@ def require_columns(rows: list[Row], columns: dict[str, str], where: str) -> Non
     for key, column in columns.items():
         if known and column and column not in known:
             raise ValueError(
-                f"{where}.{key}={column!r} is no column of the data{nearest(column, known)}; its columns: {', '.join(known)}"
+                f"{where}.{key}={column!r} is no column of the data{nearest(column, known)}; "
+                f"its columns: {', '.join(known)}"
             )
 
 
@@ -129,7 +131,7 @@ def _read_csv(file: Path) -> list[Row]:
 def _csv_rows(reader: Iterable[dict[str | Any, Any]]) -> Iterator[Row]:
     for row in reader:
         extra = row.pop(None, None)
-        yield Unreadable(f"{len(extra)} cells more than the header; quote texts with commas") if extra else row
+        yield Unreadable(f"{len(extra)} cells more than the header; quote commas") if extra else row
 
 
 def _read_parquet(file: Path) -> list[Row]:
@@ -146,8 +148,8 @@ def _arrow_error() -> type[Exception]:
 def _read_hub(name: str, split: str, where: str) -> list[Row]:
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(
-            f"{where} is no file here, and the package `datasets`, which reads Hub data sets, is not installed; "
-            "correct the path or run `pip install datasets`"
+            f"{where} is no file here, and the package `datasets`, which reads Hub data sets, is not "
+            "installed; correct the path or run `pip install datasets`"
         )
     datasets = importlib.import_module("datasets")
     try:
@@ -159,7 +161,9 @@ def _read_hub(name: str, split: str, where: str) -> list[Row]:
 def _near(file: Path) -> str:
     """A file in the same folder with a similar name."""
     folder = file.parent
-    return nearest(file.name, [f.name for f in folder.iterdir()]) if folder.is_dir() else f" (nor a folder {str(folder)!r})"
+    if not folder.is_dir():
+        return f" (nor a folder {str(folder)!r})"
+    return nearest(file.name, [f.name for f in folder.iterdir()])
 
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {

@@ -1,10 +1,12 @@
-"""A tiny Llama with a byte tokenizer, as a ``from_pretrained`` folder that vLLM loads: half a second, 0.4 M parameters."""
+"""A tiny Llama with a byte tokenizer, as a ``from_pretrained`` folder that vLLM loads: half a second, 0.4 M
+parameters."""
 
 from pathlib import Path
 
-from tests import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests import tiny
 
 SPECIAL = ("<pad>", "<bos>", "<eos>")  # 0, 1, 2, as tests/tiny.py numbers them
 

@@ -11,7 +11,9 @@ class Ranks:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self.processes = [ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(world_size)]
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["actors.actor"])  # imported once for all ranks
+        self.processes = [ProcessPoolExecutor(1, mp_context=context) for _ in range(world_size)]
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         calls = [p.submit(function, rank, self.world_size, *args) for rank, p in enumerate(self.processes)]

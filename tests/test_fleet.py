@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+
 from actors.fleet import EngineFleet
 from actors.weights.wire import Address
 from orchestrator.batch import Prompt, Rollout
@@ -19,7 +20,9 @@ class FakeEngine:
     def __init__(self) -> None:
         self.gate, self.asked, self.rank, self.closed = asyncio.Event(), [], 0, False
 
-    async def generate(self, prompt: Prompt, num_samples: int, sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
+    async def generate(
+        self, prompt: Prompt, num_samples: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Rollout]:
         self.asked.append((prompt.uid, num_samples, list(seeds)))
         await self.gate.wait()
         return []
@@ -29,7 +32,10 @@ class FakeEngine:
 
     async def receive_weights(self, version: int) -> list[WeightReceipt]:
         self.gate.set()
-        return [WeightReceipt(version=version, checksums={}, who=f"rank {self.rank + k}", num_bytes=0) for k in range(2)]
+        return [
+            WeightReceipt(version=version, checksums={}, who=f"rank {self.rank + k}", num_bytes=0)
+            for k in range(2)
+        ]
 
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
         return [-float(self.rank)] * (len(tokens) - 1)
@@ -48,7 +54,14 @@ def prompt(row: int) -> Prompt:
 
 def address(world_size: int) -> Address:
     return Address(
-        transport="gloo", host="h", port=1, world_size=world_size, dtype="float32", bucket_bytes=1, timeout_s=1, tensors=()
+        transport="gloo",
+        host="h",
+        port=1,
+        world_size=world_size,
+        dtype="float32",
+        bucket_bytes=1,
+        timeout_s=1,
+        tensors=(),
     )
 
 
@@ -56,7 +69,10 @@ def test_a_prompt_goes_to_the_engine_with_the_fewest_samples_outstanding() -> No
     async def run() -> list[list[str]]:
         engines = [FakeEngine(), FakeEngine()]
         fleet = EngineFleet(engines, run_seed=0)
-        first = [asyncio.create_task(fleet.generate(prompt(row), n, SAMPLING)) for row, n in ((0, 5), (1, 2), (2, 2), (3, 2))]
+        first = [
+            asyncio.create_task(fleet.generate(prompt(row), n, SAMPLING))
+            for row, n in ((0, 5), (1, 2), (2, 2), (3, 2))
+        ]
         await asyncio.sleep(0)
         engines[0].gate.set()
         await first[0]  # engine 0 is free again, engine 1 has six

@@ -1,12 +1,14 @@
-"""Proves that two processes hold the same bytes: a checksum of a tensor that is exact and equal on CPUs and GPUs.
+"""Proves that two processes hold the same bytes: a checksum of a tensor that is exact and equal on CPUs and
+GPUs.
 
 All arithmetic is on integers modulo 2^64, so neither the order of a reduction nor the device can change it:
 
     sum over rows r, columns c of   (2r + 1) * w[c] * (x[r, c] + (x[r, c] >> 32))   +  hash of dtype and shape
 
-where x are the bytes in words of 64 bits, ``COLUMNS`` to a row, and w[c] odd and scattered. Odd factors make a change of
-any one bit visible; different factors make a swap visible. The shift brings the high half, where a float's sign lies, down:
-otherwise exchanging 1.0 and -1.0 would move only bit 63, which the even difference of two odd factors multiplies to zero.
+where x are the bytes in words of 64 bits, ``COLUMNS`` to a row, and w[c] odd and scattered. Odd factors make
+a change of any one bit visible; different factors make a swap visible. The shift brings the high half, where
+a float's sign lies, down: otherwise exchanging 1.0 and -1.0 would move only bit 63, which the even difference
+of two odd factors multiplies to zero.
 """
 
 import hashlib
@@ -66,7 +68,7 @@ def _words(data: Tensor) -> Tensor:
 @cache
 def _weights(device: torch.device) -> Tensor:
     """[COLUMNS] int64, odd, the same on every device."""
-    x = torch.arange(1, COLUMNS + 1, dtype=torch.int64) * -7046029254386353131  # 2^64 / golden ratio, splitmix64
-    x = (x ^ (x >> 30)) * -4658895280553007687
+    x = torch.arange(1, COLUMNS + 1, dtype=torch.int64) * -7046029254386353131  # 2^64 / golden ratio
+    x = (x ^ (x >> 30)) * -4658895280553007687  # as splitmix64 scatters
     x = (x ^ (x >> 27)) * -7723592293110705685
     return ((x ^ (x >> 31)) | 1).to(device)

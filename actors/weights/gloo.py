@@ -1,8 +1,9 @@
-"""The CPU transport: a gloo group of its own, so that neither the trainer's nor vLLM's default group is touched.
+"""The CPU transport: a gloo group of its own, so that neither the trainer's nor vLLM's default group is
+touched.
 
-Both ends are here and neither imports vllm; ``receivers.py`` puts ``receive`` into vLLM. A header with the version goes
-first, so an engine reports the version that was sent, not the one it expected. While a bucket travels the sender sums it
-up and flattens the next, and the receiver loads the one before.
+Both ends are here and neither imports vllm; ``receivers.py`` puts ``receive`` into vLLM. A header with the
+version goes first, so an engine reports the version that was sent, not the one it expected. While a bucket
+travels the sender sums it up and flattens the next, and the receiver loads the one before.
 """
 
 import datetime
@@ -34,7 +35,9 @@ def broadcast(group: ProcessGroupGloo, tensor: Tensor) -> Work:
     return group.broadcast([tensor], options)
 
 
-def receive(group: ProcessGroupGloo, buckets: Sequence[Bucket], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def receive(
+    group: ProcessGroupGloo, buckets: Sequence[Bucket], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor, in memory of its own bucket: vLLM keeps some until their layer is complete."""
     travelling = [_request(group, buckets[0])]
     for index, bucket in enumerate(buckets):
@@ -60,7 +63,9 @@ def _request(group: ProcessGroupGloo, bucket: Bucket) -> tuple[Tensor, Work]:
 class GlooSender:
     """See ``wire.Sender``. Ranks other than 0 only iterate, so that ZeRO-3's gathers find all ranks."""
 
-    def __init__(self, *, rank: int, host: str, dtype: torch.dtype, bucket_mb: int, timeout_s: float = 60) -> None:
+    def __init__(
+        self, *, rank: int, host: str, dtype: torch.dtype, bucket_mb: int, timeout_s: float = 60
+    ) -> None:
         self._rank, self._host, self._dtype, self._timeout_s = rank, host, dtype, timeout_s
         self._bucket_bytes = bucket_mb << 20
         self._address: Address | None = None

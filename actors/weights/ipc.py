@@ -1,13 +1,14 @@
-"""Engines on the actor's own GPUs: vLLM's CUDA IPC transfer. Memory handles travel, the weights stay where they are.
+"""Engines on the actor's own GPUs: vLLM's CUDA IPC transfer. Memory handles travel, weights stay.
 
-Every rank of the actor packs full tensors into a buffer on its GPU, and each vLLM worker opens the buffer on its own. The
-handles go from the actor's rank 0 to the workers through a mailbox, a TCPStore on this machine (IPC does not leave it):
+Every rank of the actor packs full tensors into a buffer on its GPU, and each vLLM worker opens the buffer on
+its own. The handles go from the actor's rank 0 to the workers through a mailbox, a TCPStore on this machine
+(IPC does not leave it):
 
-    sender   put "7/0"  (version 7, bucket 0)  wait for "7/0/done/1", "7/0/done/2", ...  refill the buffer, put "7/1" ...
-    worker   wait for "7/0"  load  put "7/0/done/<rank>"  wait for "7/1" ... until an empty letter
+    sender   put "7/0" (version 7, bucket 0)  wait for "7/0/done/1", "7/0/done/2", ...  refill, put "7/1" ...
+    worker   wait for "7/0"  load  put "7/0/done/<rank>"  wait for "7/1" ... until "end"
 
-So the sender waits for the slowest worker before it reuses the buffer. The letters are pickles, as vLLM's own are: the
-store listens on the loopback interface only.
+So the sender waits for the slowest worker before it reuses the buffer. The letters are pickles, as vLLM's own
+are: the store listens on the loopback interface only.
 """
 
 import datetime
@@ -35,7 +36,8 @@ _LOOPBACK = "127.0.0.1"
 
 
 class Outbox(Undriven):
-    """vLLM's trainer engine calls ``update_weights`` per bucket; that is the letter, and returning means it was read."""
+    """vLLM's trainer engine calls ``update_weights`` per bucket; that is the letter, and returning means it
+    was read."""
 
     def __init__(self, store: TCPStore, num_workers: int) -> None:
         self._store, self._num_workers = store, num_workers
@@ -85,7 +87,9 @@ class IpcSender(VllmSender):
         init = IPCTrainerInitInfo(
             rank=self._rank, packed=True, packed_buffer_size_bytes=max(self._bucket_bytes, largest)
         )
-        self._engine = IPCTrainerWeightTransferEngine.trainer_init(init, client=self._outbox, source=self._source)
+        self._engine = IPCTrainerWeightTransferEngine.trainer_init(
+            init, client=self._outbox, source=self._source
+        )
         return self._address(tensors, world_size, store.port if store else 0)
 
     @torch.no_grad()
@@ -114,7 +118,8 @@ class IpcReceiver(TappedReceiver, IPCWeightTransferEngine):
         IPCWeightTransferEngine.init_transfer_engine(self, IPCWeightTransferInitInfo(packed=True))
 
     def arrive(self, version: int) -> int:
-        """A letter is filed under the version that was sent; for another one there is none, and the wait ends."""
+        """A letter is filed under the version that was sent; for another one there is none, and the wait
+        ends."""
         for letter in letters(self._store, version, self.rank()):
             IPCWeightTransferEngine.receive_weights(self, IPCWeightTransferUpdateInfo(**letter))
             torch.accelerator.synchronize()  # the copy out of the shared buffer has happened

@@ -1,7 +1,8 @@
 """Engines on GPUs of their own: vLLM's NCCL weight transfer, both ends, with checksums taken on the device.
 
-vLLM packs the tensors into buckets and broadcasts them from the actor's rank 0; the other ranks of the actor only iterate.
-NCCL has no time limit of its own: when a side never comes, the driver's deadline ends the call and the process must go.
+vLLM packs the tensors into buckets and broadcasts them from the actor's rank 0; the other ranks of the actor
+only iterate. NCCL has no time limit of its own: when a side never comes, the driver's deadline ends the call
+and the process must go.
 """
 
 import socket
@@ -90,7 +91,8 @@ class NcclReceiver(TappedReceiver, NCCLWeightTransferEngine):
 
 
 def _free_port(host: str) -> int:
-    """vLLM binds it again at the first send; another process could take it in between, and the send then says so."""
+    """vLLM binds it again at the first send; another process could take it in between, and the send then says
+    so."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]

@@ -1,8 +1,9 @@
-"""The engine's end: vLLM's weight-transfer engines, tapped. Imported in every vLLM worker, before the model loads.
+"""The engine's end: vLLM's weight-transfer engines, tapped.
 
-vLLM imports the module of ``worker_extension_cls`` in each worker; importing this one registers the three transports. A
-tap stands between the transport and ``model.load_weights`` and takes the checksum of every tensor as it arrived. vLLM's
-own life cycle stays: layers are re-created on ``meta`` at the start, loaded one by one, and put back at the end.
+vLLM imports the module of ``worker_extension_cls`` in each worker before the model loads; importing this one
+registers the three transports. A tap stands between the transport and ``model.load_weights`` and takes the
+checksum of every tensor as it arrived. vLLM's own life cycle stays: layers are re-created on ``meta`` at the
+start, loaded one by one, and put back at the end.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from actors.weights import gloo
@@ -52,14 +56,13 @@ class ReceiverUpdate(WeightTransferUpdateInfo):
 class Tap:
     """Has the one method that transports call on a model, and remembers what went through."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: torch.nn.Module, missing: set[str]) -> None:
+        self._model, self.missing = model, missing
         self.digests: dict[str, Tensor] = {}
-        self.missing = {name for name, _ in model.named_parameters()}  # vLLM's names: q, k and v are one
 
     def load_weights(self, pairs: Iterable[tuple[str, Tensor]]) -> set[str] | None:
         loaded = self._model.load_weights(self._watch(pairs))
-        self.missing -= self.missing if loaded is None else loaded  # some models do not say, as when loading from disk
+        self.missing -= self.missing if loaded is None else loaded  # some models do not say
         return loaded
 
     def _watch(self, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -71,7 +74,7 @@ class Tap:
 class TappedReceiver(WeightTransferEngine[ReceiverInit, ReceiverUpdate]):
     """What the transports share; each says how it joins and how an update arrives.
 
-    Joining waits until the first update: the sender's ``open`` and the engine's ``join_weights`` then wait for nobody.
+    Joining waits until the first update: so the sender's ``open`` and ``join_weights`` wait for nobody.
     """
 
     init_info_cls = ReceiverInit
@@ -82,13 +85,15 @@ class TappedReceiver(WeightTransferEngine[ReceiverInit, ReceiverUpdate]):
         self.address, self.joined = init_info, False
 
     def start_weight_update(self) -> None:
+        # vLLM's names (q, k and v are one), before the model goes to meta, where tied tensors come apart.
+        self.missing = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ReceiverUpdate) -> None:
         if not self.joined:
             self.join()
             self.joined = True
-        model, self.tap = self.model, Tap(self.model)
+        model, self.tap = self.model, Tap(self.model, self.missing)
         self.model = self.tap  # type: ignore[assignment]
         try:
             with torch.no_grad():
@@ -96,7 +101,9 @@ class TappedReceiver(WeightTransferEngine[ReceiverInit, ReceiverUpdate]):
         finally:
             self.model = model
         if self.tap.missing:
-            raise ValueError(f"the sender left out {sorted(self.tap.missing)[:5]}: vLLM would keep their old values")
+            raise ValueError(
+                f"the sender left out {sorted(self.tap.missing)[:5]}: vLLM would keep their old values"
+            )
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -120,10 +127,13 @@ class TappedReceiver(WeightTransferEngine[ReceiverInit, ReceiverUpdate]):
 
 
 def refresh_embeddings(model: torch.nn.Module) -> None:
-    """vLLM's CPU kernels keep a packed copy of ``lm_head`` made at load time, and with tied embeddings the layerwise
-    reload does not refresh it: logits would stay those of the first weights, 2.5 nats off, without an error."""
+    """vLLM's CPU kernels keep a packed copy of ``lm_head`` made at load time, and with tied embeddings the
+    layerwise reload does not refresh it: logits would stay those of the first weights, 2.5 nats off, without
+    an error."""
     for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
+        if isinstance(module, VocabParallelEmbedding) and isinstance(
+            module.quant_method, UnquantizedEmbeddingMethod
+        ):
             module.quant_method.process_weights_after_loading(module)
 
 

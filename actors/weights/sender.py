@@ -1,4 +1,5 @@
-"""The actor's end of a transport, by name. The GPU senders import vllm, so each is imported only where it is used."""
+"""The actor's end of a transport, by name. The GPU senders import vllm, so each is imported only where it is
+used."""
 
 from importlib import import_module
 
@@ -14,7 +15,9 @@ SENDERS = {
 }
 
 
-def open_sender(transport: Transport, *, rank: int, dtype: torch.dtype, bucket_mb: int, timeout_s: float) -> Sender:
+def open_sender(
+    transport: Transport, *, rank: int, dtype: torch.dtype, bucket_mb: int, timeout_s: float
+) -> Sender:
     """``dtype`` is the engine's: tensors are cast before they travel."""
     module, _, name = SENDERS[transport].partition(":")
     make = getattr(import_module(module), name)

@@ -43,8 +43,8 @@ class Source(WeightSource):
 
 
 class Undriven:
-    """vLLM's trainer engines drive the inference side through a client; here each engine drives itself, told by the
-    driver at the same moment, so these calls do nothing."""
+    """vLLM's trainer engines drive the inference side through a client; here each engine drives itself, told
+    by the driver at the same moment, so these calls do nothing."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
     def start_weight_update(self) -> None: ...
@@ -57,7 +57,9 @@ class VllmSender:
 
     transport: Transport
 
-    def __init__(self, *, rank: int, host: str, dtype: torch.dtype, bucket_mb: int, timeout_s: float = 60) -> None:
+    def __init__(
+        self, *, rank: int, host: str, dtype: torch.dtype, bucket_mb: int, timeout_s: float = 60
+    ) -> None:
         self._rank, self._host, self._dtype, self._timeout_s = rank, host, dtype, timeout_s
         self._bucket_bytes = bucket_mb << 20
 

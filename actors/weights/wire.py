@@ -1,7 +1,7 @@
 """What both ends of a weight transfer agree on: the address, the tensors, and how they lie in buckets.
 
-Buckets are planned on each side from the same address, so no metadata travels with an update. Each tensor starts at a
-multiple of 16 bytes, so that it can be viewed in its own type where it arrived.
+Buckets are planned on each side from the same address, so no metadata travels with an update. Each tensor
+starts at a multiple of 16 bytes, so that it can be viewed in its own type where it arrived.
 """
 
 import math
@@ -102,14 +102,21 @@ def num_bytes(tensors: Sequence[TensorMeta], dtype: torch.dtype) -> int:
     return sum(math.prod(meta.shape) for meta in tensors) * dtype.itemsize
 
 
-def agreed(named: Iterable[tuple[str, Tensor]], tensors: Sequence[TensorMeta]) -> Iterator[tuple[str, Tensor]]:
-    """The same pairs, each checked against what the engines were told; ValueError names the first difference."""
+def agreed(
+    named: Iterable[tuple[str, Tensor]], tensors: Sequence[TensorMeta]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same pairs, each checked against what the engines were told; ValueError names the first
+    difference."""
     arriving = iter(named)
     for meta in tensors:
         name, tensor = next(arriving, ("nothing", None))
         shape = None if tensor is None else tuple(tensor.shape)
         if tensor is None or (name, shape) != (meta.name, meta.shape):
-            raise ValueError(f"send() got {name} {shape}; open() announced {meta.name} {meta.shape}; open again")
+            raise ValueError(
+                f"send() got {name} {shape}; open() announced {meta.name} {meta.shape}; open again"
+            )
         yield name, tensor
     if (extra := next(arriving, None)) is not None:
-        raise ValueError(f"send() got {extra[0]} after the {len(tensors)} tensors open() announced; open again")
+        raise ValueError(
+            f"send() got {extra[0]} after the {len(tensors)} tensors open() announced; open again"
+        )

@@ -1,7 +1,7 @@
-"""Tasks that make their own data, tokenizer and model, so that a whole run needs no download and has a known truth.
+"""Tasks that make their own data, tokenizer and model: a run that downloads nothing and has a known truth.
 
-One file per task, with ``prepare(task, folder) -> TaskFiles``; the folder is the registry. What a task writes depends on
-its settings alone: a resumed run writes the same bytes again.
+One file per task, with ``prepare(task, folder) -> TaskFiles``; the folder is the registry. What a task writes
+depends on its settings alone: a resumed run writes the same bytes again.
 """
 
 from dataclasses import dataclass

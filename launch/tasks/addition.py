@@ -1,12 +1,15 @@
-"""Adding two two-digit numbers: the smallest task on which a whole RLHF run can be seen to work in minutes.
+"""Adding one digit to a three-digit number: a task on which a whole RLHF run can be seen to work in minutes.
 
-The demonstrations of the SFT stage are noisy in one way: in ``wrong_fraction`` of them the carry is forgotten
-("37+48=75"). SFT imitates them and ends mediocre. The preference pairs are clean, so the reward model can tell right from
-wrong, and PPO moves the policy to what is preferred. The judge is exact equality with the sum, never the reward model.
+The demonstrations of the SFT stage are wrong in one way: in ``wrong_fraction`` of them the carry is
+forgotten ("437+8=435"). SFT imitates them and ends mediocre. The preference pairs are clean, so the reward
+model learns to tell right from wrong, and PPO moves the policy to what is preferred. The judge is equality
+with the sum, never the reward model.
 
-    prompt "37+48="    right "85"    carry forgotten "75"    pair ("85", a mistake)    label "85"
+    prompt "437+8="    right "445"    carry forgotten "435"    pair ("445", a mistake)    label "445"
 
-Only problems that have a carry can be demonstrated wrongly: 45 % of all, so ``wrong_fraction`` 0.45 spoils every one.
+Only a problem with a carry (half of all) can be demonstrated wrongly. When most of them are, the likeliest
+answer to each of them is wrong, so greedy accuracy after SFT is about 50 % whatever the seed. Why not two
+two-digit numbers: a reward model this small does not learn to check their sums within a minute.
 """
 
 import json
@@ -21,15 +24,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from launch.tasks import TaskFiles
 from orchestrator.config import ChatData, PromptData, Task
 
-Problem = tuple[int, int]  # the two numbers
+Problem = tuple[int, int]  # (437, 8)
 
-OPERANDS = range(10, 100)
+FIRST, SECOND = range(100, 1000), range(1, 10)
+MISTAKE_WEIGHTS = (30, 60, 10)  # carry, digit, length
+PAIRS_PER_PROBLEM = 2
 MAX_POSITIONS = 64
 SPECIAL = ("<pad>", "<eos>", "<unk>")  # padding is not EOS: a batch shows where a response ended
 
 
 def prepare(task: Task, folder: Path) -> TaskFiles:
-    """Writes data, tokenizer and model; ValueError when the task's settings ask for more problems than there are."""
+    """Writes data, tokenizer and model; ValueError when the settings ask for too many problems."""
     folder.mkdir(parents=True, exist_ok=True)
     train, heldout = split(task)
     chance = random.Random(task.seed + 1)
@@ -47,12 +52,12 @@ def prepare(task: Task, folder: Path) -> TaskFiles:
 
 def split(task: Task) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems: all different, in an order of the task's seed."""
-    problems = [(a, b) for a in OPERANDS for b in OPERANDS]
+    problems = [(a, b) for a in FIRST for b in SECOND]
     wanted = task.num_train + task.num_heldout
     if wanted > len(problems):
         raise ValueError(
-            f"task.num_train={task.num_train} + task.num_heldout={task.num_heldout} = {wanted} problems, but there are "
-            f"only {len(problems)} of two two-digit numbers; lower one of them"
+            f"task.num_train={task.num_train} + task.num_heldout={task.num_heldout} = {wanted} problems, but "
+            f"there are only {len(problems)}; lower one of them"
         )
     random.Random(task.seed).shuffle(problems)
     return problems[: task.num_train], problems[task.num_train : wanted]
@@ -68,28 +73,29 @@ def answer(problem: Problem) -> str:
 
 def has_carry(problem: Problem) -> bool:
     """Whether the last digits add up to ten or more."""
-    return problem[0] % 10 + problem[1] % 10 >= 10  # noqa: PLR2004 - the base of the number system
+    return problem[0] % 10 + problem[1] % 10 > 9
 
 
 def forgotten_carry(problem: Problem) -> str:
-    """(37, 48) -> "75"."""
+    """(437, 8) -> "435"."""
     return str(sum(problem) - 10)
 
 
 def mistake(problem: Problem, chance: random.Random) -> str:
-    """A plausible wrong answer: the carry forgotten (or invented), one digit off by one, or one digit too few or many.
+    """A plausible wrong answer: off by one carry, one digit replaced, or a digit too few or too many.
 
-    Half are about the carry, because that is what the SFT policy gets wrong; the rest keep the reward model honest about
-    what PPO may wander into.
+    The forgotten carry is what the SFT policy gets wrong. The others must be there too: a reward model that
+    has only seen forgotten carries scores a wrong last digit as high as the right one, and PPO finds out.
     """
     right = answer(problem)
-    kind = chance.random()
-    if kind < 0.5:
-        return forgotten_carry(problem) if has_carry(problem) else str(sum(problem) + 10)
-    if kind < 0.85:
-        at = chance.randrange(len(right))
-        return right[:at] + str((int(right[at]) + chance.choice((-1, 1))) % 10) + right[at + 1 :]
-    return chance.choice((right[:-1], right[1:], right + str(chance.randrange(10))))
+    match chance.choices(("carry", "digit", "length"), MISTAKE_WEIGHTS)[0]:
+        case "carry":
+            return str(sum(problem) + chance.choice((-10, 10)))
+        case "digit":
+            at = chance.randrange(len(right))
+            return right[:at] + str((int(right[at]) + chance.randrange(1, 10)) % 10) + right[at + 1 :]
+        case _:
+            return chance.choice((right[:-1], right[1:], right + str(chance.randrange(10))))
 
 
 def _spoilt(train: list[Problem], task: Task, chance: random.Random) -> set[Problem]:
@@ -98,14 +104,18 @@ def _spoilt(train: list[Problem], task: Task, chance: random.Random) -> set[Prob
     count = round(task.wrong_fraction * len(train))
     if count > len(carrying):
         raise ValueError(
-            f"task.wrong_fraction={task.wrong_fraction} spoils {count} of {len(train)} rows, but only {len(carrying)} "
-            f"have a carry to forget; use at most {len(carrying) / len(train):.2f}"
+            f"task.wrong_fraction={task.wrong_fraction} spoils {count} of {len(train)} rows, but only "
+            f"{len(carrying)} have a carry to forget; use at most {len(carrying) / len(train):.2f}"
         )
     return set(chance.sample(carrying, count))
 
 
 def _write_pairs(file: Path, problems: list[Problem], chance: random.Random) -> ChatData:
-    rows = ({"prompt": prompt(p), "chosen": answer(p), "rejected": mistake(p, chance)} for p in problems)
+    rows = (
+        {"prompt": prompt(p), "chosen": answer(p), "rejected": mistake(p, chance)}
+        for _ in range(PAIRS_PER_PROBLEM)
+        for p in problems
+    )
     return ChatData(path=_write(file, rows), response_key="chosen")
 
 
@@ -120,25 +130,29 @@ def _write(file: Path, rows: Iterable[dict[str, str]]) -> str:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, no BOS: "37+48=" -> six tokens."""
+    """One token a character, no BOS: "437+8=" -> six tokens."""
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *"0123456789+="))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     pad, eos, unknown = SPECIAL
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, eos_token=eos, unk_token=unknown, model_max_length=MAX_POSITIONS
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        eos_token=eos,
+        unk_token=unknown,
+        model_max_length=MAX_POSITIONS,
     )
 
 
 def _write_model(folder: Path, seed: int) -> Path:
-    """A Llama of one million parameters with random weights of this seed."""
+    """A Llama of 430,000 parameters with random weights of this seed."""
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=MAX_POSITIONS,

@@ -1,4 +1,4 @@
-"""The policy under training: its log-probs, its updates, and its weights on their way to the rollout engine."""
+"""The policy under training: its log-probs, its updates, and its weights on their way to the engine."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ class Actor(Learner):
 
     role = "actor"
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         *,
         model: Model,
@@ -52,7 +52,7 @@ class Actor(Learner):
 
     @torch.no_grad()
     def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        """Of every token but the first, at temperature 1. All ranks call it: under ZeRO-3 it is a collective."""
+        """Of every token but the first, at temperature 1. A collective under ZeRO-3: all ranks call it."""
         row = torch.tensor([list(tokens)], device=self.device)
         everywhere = torch.ones_like(row, dtype=torch.bool)
         return self.backend.forward(row, everywhere, everywhere, 1.0, False)[0][0, 1:].tolist()
@@ -60,7 +60,7 @@ class Actor(Learner):
     def open_channel(
         self, transport: Transport, dtype: str, bucket_mb: int, world_size: int, timeout_s: float
     ) -> Address:
-        """Waits for nobody; the engines join rank 0's address. Every rank opens, and takes part in each send."""
+        """Waits for nobody; the engines join rank 0's address. Every rank opens and takes part in sends."""
         self.sender = open_sender(
             transport, rank=self.rank, dtype=getattr(torch, dtype), bucket_mb=bucket_mb, timeout_s=timeout_s
         )

@@ -2,9 +2,10 @@
 
 The only importer of deepspeed. It keeps three promises that the rest of Quartet builds on:
 
-- gradients are SUMMED over micro-batches and ranks. DeepSpeed averages over ranks; ``accumulate`` multiplies the loss by
-  the number of ranks, once, here;
-- under bfloat16 the optimizer works on float32 master weights, and sums are float32, at every ZeRO stage (BUGS C7);
+- gradients are SUMMED over micro-batches and ranks. DeepSpeed averages over ranks; ``accumulate`` multiplies
+  the loss by the number of ranks, once, here;
+- under bfloat16 the optimizer works on float32 master weights, and sums are float32, at every ZeRO stage
+  (BUGS C7);
 - a gradient norm that is not finite skips the step on every rank and is reported, and training goes on.
 
 Every method is collective: all ranks call it, the same number of times and in the same order.
@@ -28,9 +29,10 @@ from actors.model import LanguageModel
 from orchestrator.config import Optimizer
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read on import; without it DeepSpeed warns that it found no GPU
+    # Read on import; without it DeepSpeed warns that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402
+import deepspeed
 
 # DeepSpeed 0.19 calls it on every step under torch 2.13.
 warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
@@ -74,7 +76,7 @@ class Backend:
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self) -> dict[str, float]:
-        """One optimizer step with everything accumulated since the last one; the same answer on every rank."""
+        """One optimizer step with everything accumulated since the last; the same answer on every rank."""
         learning_rate = _learning_rate(self.settings, self.num_steps, self.total_steps)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
@@ -86,8 +88,9 @@ class Backend:
         if self.stage > 0:
             self.engine.step()
             return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
-        # Stage 0 in float32 is AdamW on the model itself; DeepSpeed would not look at the norm before it steps.
-        norm = float(torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.settings.max_grad_norm))
+        # Stage 0 in float32 is AdamW on the model itself; DeepSpeed would step without a look at the norm.
+        parameters = self.engine.module.parameters()
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
         if math.isfinite(norm):
             self.engine.step()
         else:
@@ -107,8 +110,8 @@ class Backend:
             path, client = self.engine.load_checkpoint(str(folder), tag=STATE)
         if path is None:
             raise ValueError(
-                f"{folder} holds no training state of {self.world_size} rank(s) at ZeRO stage {self.stage}; give the "
-                "folder that save wrote, and the number of ranks and zero_stage it was written with"
+                f"{folder} holds no training state of {self.world_size} rank(s) at ZeRO stage {self.stage}; "
+                "give the folder that save wrote, and the number of ranks and zero_stage it was written with"
             )
         self.num_steps = client["num_steps"]
 
@@ -130,7 +133,8 @@ class Backend:
 
     def parameter_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and whole shape of what ``named_full_parameters`` yields, in its order, without gathering."""
-        return [(n, tuple(getattr(p, "ds_shape", p.shape))) for n, p in self.engine.module.model.named_parameters()]
+        named = self.engine.module.model.named_parameters()
+        return [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
 
     def _gathered(self, bucket: list[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         whole: AbstractContextManager[Any] = nullcontext()
@@ -158,16 +162,17 @@ class Backend:
 def _stage(wanted: int, dtype: torch.dtype, world_size: int) -> int:
     """The ZeRO stage that does what was asked for.
 
-    One rank has nothing to shard: float32 runs unsharded, which is plain PyTorch and the fastest. bfloat16 runs at 2 or
-    3, whose optimizers keep float32 master weights and add up in float32; DeepSpeed's stage 0 adds up in bfloat16.
+    One rank has nothing to shard: float32 runs unsharded, which is plain PyTorch and the fastest. bfloat16
+    runs at 2 or 3, whose optimizers keep float32 master weights and add up in float32; DeepSpeed's stage 0
+    adds up in bfloat16.
     """
     if dtype == torch.float32:
         return 0 if world_size == 1 else wanted
     return 2 if world_size == 1 else max(2, wanted)
 
 
-def _deepspeed_config(stage: int, dtype: torch.dtype, max_grad_norm: float, num_elements: int) -> dict[str, Any]:
-    reduce_elements = min(REDUCE_ELEMENTS, num_elements + num_elements % 2)
+def _deepspeed_config(stage: int, dtype: torch.dtype, max_grad_norm: float, size: int) -> dict[str, Any]:
+    reduce_elements = min(REDUCE_ELEMENTS, size + size % 2)  # DeepSpeed wants it even
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only logs it; batches and boundaries are ours
         "gradient_accumulation_steps": 1,
@@ -179,7 +184,7 @@ def _deepspeed_config(stage: int, dtype: torch.dtype, max_grad_norm: float, num_
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": torch.cuda.is_available() and stage > 1,
+            "overlap_comm": torch.cuda.is_available() and stage == 3,
             "reduce_bucket_size": reduce_elements,
             "allgather_bucket_size": reduce_elements,
         },
@@ -189,15 +194,15 @@ def _deepspeed_config(stage: int, dtype: torch.dtype, max_grad_norm: float, num_
 def _skip_compiling_shared_memory_op() -> None:
     """Keeps DeepSpeed on gloo between CPU ranks.
 
-    Its shared-memory op takes 29 s to compile on first use, and a killed build leaves a lock on which the next one
-    waits forever. ``deepspeed.ops`` probes the compiler unless this dict is already there.
+    Its shared-memory op takes 29 s to compile on first use, and a killed build leaves a lock on which the
+    next one waits forever. ``deepspeed.ops`` probes the compiler unless this dict is already there.
     """
     if not torch.cuda.is_available():
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})
 
 
 def _import_muon_uncompiled() -> None:
-    """ZeRO imports Muon to ask whether we use it; Muon's decorators would load torch's compiler, 4 s of CPU a process."""
+    """ZeRO imports Muon to ask if we use it; its decorators would load torch's compiler, 4 s a process."""
     compile_ = deepspeed.runtime.compiler.compile
     deepspeed.runtime.compiler.compile = lambda: lambda function: function
     try:
@@ -230,7 +235,8 @@ def _tied(model: LanguageModel) -> dict[str, str]:
 
 
 def _learning_rate(settings: Optimizer, step: int, total_steps: int) -> float:
-    """Of optimizer step 0, 1, ...: rises over the first ``warmup_steps`` steps, then stays, or falls to 0 at ``total_steps``.
+    """Of optimizer step 0, 1, ...: rises over the first ``warmup_steps`` steps, then stays, or falls to 0 at
+    ``total_steps``.
 
     Example, peak 1, linear, warm-up 2, 6 steps in all: 0.5, 1, 1, 0.75, 0.5, 0.25.
     """

@@ -1,14 +1,15 @@
 """A role under training: one optimizer step from this rank's part of a minibatch.
 
-The weights of a minibatch sum to 1 over all ranks, each rank's loss is ``(weights * values).sum()`` over its own rows, and
-gradients are summed: so the step cannot depend on the number of ranks or micro-batches, or on padding.
+The weights of a minibatch sum to 1 over all ranks, each rank's loss is ``(weights * values).sum()`` over its
+own rows, and gradients are summed: so the step cannot depend on the number of ranks or micro-batches, or on
+padding.
 
-Every rank runs the same number of micro-batches (each forward pass is a collective under ZeRO-3). A rank without rows for
-one of them gets an empty list and runs the first two rows with weights of zero: two, for objectives on pairs.
+Every rank runs the same number of micro-batches (each forward pass is a collective under ZeRO-3). A rank
+without rows for one of them gets an empty list and runs the first two rows with weights of zero: two, for
+objectives on pairs.
 """
 
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -59,28 +60,31 @@ class Learner(Worker):
         ``loss`` and ``num_tokens`` are sums over the minibatch, the loss's own metrics are means by weight.
         """
         if not micro_batches:
-            raise ValueError(f"{self.role} rank {self.rank} got no micro-batch; give it [[]] to take part without rows")
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=self.device))
+            raise ValueError(
+                f"{self.role} rank {self.rank} got no micro-batch; give it [[]] to take part without rows"
+            )
+        sums: dict[str, Tensor] = {}
         for number, positions in enumerate(micro_batches, start=1):
             part, weights = self._cut(minibatch, positions)
             loss = self.loss(self.output(part), part)
             if loss.values.shape != weights.shape:
                 raise ValueError(
-                    f"{self.role}: the loss has shape {tuple(loss.values.shape)} but its weights {tuple(weights.shape)}"
+                    f"{self.role}: the loss has shape {tuple(loss.values.shape)} but its weights "
+                    f"{tuple(weights.shape)}"
                 )
             total = _weigh(loss.values, weights)
             self.backend.accumulate(total, last=number == len(micro_batches))
-            sums["loss"] += total.detach()
-            sums["num_tokens"] += part.action_mask.sum() if positions else 0
-            sums["weight"] += weights.sum()
-            for name, figure in loss.metrics.items():
-                sums[f"metrics/{name}"] += _weigh(figure, weights)
+            num_tokens = part.action_mask.sum() * bool(positions)
+            figures = {"loss": total.detach(), "num_tokens": num_tokens, "weight": weights.sum()}
+            figures |= {f"metrics/{name}": _weigh(metric, weights) for name, metric in loss.metrics.items()}
+            for name, figure in figures.items():  # on the device: reading a figure here would wait for it
+                sums[name] = sums.get(name, 0.0) + figure.double()
         return _means(self._add_over_ranks(sums)) | self.backend.step()
 
     def update_rows(
         self, records: Experience | Examples, rows: Tensor, weights: Tensor, micro_batches: MicroBatches
     ) -> dict[str, float]:
-        """``update`` as Ray calls it: the records are an argument of their own, so that they travel by reference."""
+        """``update`` as Ray calls it: records as an argument of their own travel by reference."""
         return self.update(Minibatch(records=records, rows=rows, weights=weights), micro_batches)
 
     @torch.no_grad()
@@ -90,7 +94,9 @@ class Learner(Worker):
         answers = []
         for rows in micro_batches:
             answer = self.figures(to_device(take(batch, rows or [0]), self.device)).float().cpu()
-            answers.append((F.pad(answer, (0, T - answer.shape[1])) if answer.dim() == 2 else answer)[: len(rows)])
+            if answer.dim() == 2:
+                answer = F.pad(answer, (0, T - answer.shape[1]))
+            answers.append(answer[: len(rows)])
         return torch.cat(answers)
 
     def save(self, folder: Path) -> None:
@@ -104,14 +110,15 @@ class Learner(Worker):
         """A plain ``from_pretrained`` folder, with the tokenizer of the model it came from."""
         self.backend.export(folder)
         if self.rank == 0 and _has_tokenizer(self.model.path):
-            AutoTokenizer.from_pretrained(self.model.path, revision=self.model.revision).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(self.model.path, revision=self.model.revision)
+            tokenizer.save_pretrained(folder)
 
     def close(self) -> None:
         self.backend.close()
         super().close()
 
     def _cut(self, minibatch: Minibatch, positions: Sequence[int]) -> tuple[Any, Tensor]:
-        """The rows at these positions and their weights, both without the columns that only other rows needed."""
+        """The rows at these positions and their weights, without the columns only other rows needed."""
         index = torch.tensor(list(positions or range(min(2, len(minibatch.rows)))))
         part = to_device(take(minibatch.records, minibatch.rows[index]), self.device)
         weights = minibatch.weights[index].to(self.device)
@@ -120,7 +127,7 @@ class Learner(Worker):
         return part, weights if positions else torch.zeros_like(weights)
 
     def _add_over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """In one call. The keys are those of the loss function: the same, in the same order, on every rank."""
+        """In one call. The keys come from the loss function: the same, in the same order, on every rank."""
         flat = torch.stack(list(sums.values()))
         if self.world_size > 1:
             dist.all_reduce(flat)

@@ -1,15 +1,16 @@
 """Hugging Face models seen as RLHF sees them: log-probs, values and scores of the tokens they are shown.
 
-This is the only file that shifts tokens by one. A causal model's hidden state at t-1 speaks about the token at t;
-everything that leaves this file is already at t, and 0.0 where nothing was asked.
+This is the only file that shifts tokens by one. A causal model's hidden state at t-1 speaks about the token
+at t; everything that leaves this file is already at t, and 0.0 where nothing was asked.
 
-Each wrapper keeps the Hugging Face model whole under ``.model`` and only replaces its last layer by one that answers the
-question (a token's log-prob, a scalar), with the same parameter names: the folder it saves is a plain
-``from_pretrained`` folder. The answer is computed inside a module's own ``forward`` because that is where ZeRO-3 gathers
-the layer's parameters.
+Each wrapper keeps the Hugging Face model whole under ``.model`` and only replaces its last layer by one that
+answers the question (a token's log-prob, a scalar), with the same parameter names: the folder it saves is a
+plain ``from_pretrained`` folder. The answer is computed inside a module's own ``forward`` because that is
+where ZeRO-3 gathers the layer's parameters.
 """
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from orchestrator.config import Model
 
@@ -37,7 +43,7 @@ class LanguageModel(nn.Module):
     def hidden_states(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, T] -> [B, T, d]. Positions count attended tokens, whichever side the padding is on (BUGS A1).
 
-        Padding on the right needs no mask: no token looks to its right, so attention keeps its fast causal path.
+        Padding on the right needs no mask: no token looks to its right, so attention stays plainly causal.
         """
         if bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
             mask, positions = None, torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -59,7 +65,7 @@ class LanguageModel(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """An ``lm_head`` that answers log-probs of given tokens, so that [tokens, vocabulary] is never kept whole."""
+    """An ``lm_head`` that answers log-probs of given tokens: [tokens, vocabulary] is never kept whole."""
 
     def __init__(self, head: nn.Linear, config: PretrainedConfig) -> None:
         super().__init__()
@@ -115,10 +121,10 @@ class PolicyModel(LanguageModel):
     def forward(
         self, tokens: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """log p(tokens[b, t] | tokens[b, :t]) and the entropy there, [B, T] float32, 0.0 where ``mask`` is False.
+        """log p(tokens[b, t] | tokens[b, :t]) and the entropy there, [B, T] float32, 0.0 off ``mask``.
 
-        The vocabulary is computed for the positions of the mask only. The first token has nothing before it: 0.0.
-        Plain tensors, not a record: DeepSpeed looks for tensors in tuples to hang its hooks on.
+        The vocabulary is computed for the positions of the mask only. The first token has nothing before it:
+        0.0. Plain tensors, not a record: DeepSpeed looks for tensors in tuples to hang its hooks on.
         """
         asked = mask.clone()
         asked[:, 0] = False
@@ -131,8 +137,11 @@ class PolicyModel(LanguageModel):
 
     @classmethod
     def load(cls, source: Model, *, head_seed: int | None = None) -> "PolicyModel":
-        """Raises ValueError for a model whose logits are not those of its ``lm_head`` (see ``_check_head``)."""
-        model = AutoModelForCausalLM.from_pretrained(source.path, config=_config(source), **_options(source))
+        """ValueError for a model whose logits are not those of its ``lm_head`` (see ``_check_head``)."""
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.path, config=_config(source), output_loading_info=True, **_options(source)
+        )
+        _refuse_missing(source, report["missing_keys"])
         probe = torch.arange(1, 6)[None] % model.config.get_text_config().vocab_size
         with torch.no_grad():
             expected = F.log_softmax(model(input_ids=probe, use_cache=False).logits.float(), dim=-1)
@@ -143,7 +152,7 @@ class PolicyModel(LanguageModel):
 
 
 class ValueModel(LanguageModel):
-    """A backbone with one scalar per token: the critic. A head it does not find in the folder starts at zero."""
+    """A backbone with one scalar per token: the critic. A head missing in the folder starts at zero."""
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         """Value of the state BEFORE each token, [B, T] float32, 0.0 where ``mask`` is False (BUGS A3)."""
@@ -172,8 +181,10 @@ class ScoreModel(LanguageModel):
 
 
 def _config(source: Model, **changes: Any) -> PretrainedConfig:
-    """The model's configuration with every dropout at 0: with dropout on, two looks at one token disagree (BUGS A13)."""
-    config = AutoConfig.from_pretrained(source.path, revision=source.revision, trust_remote_code=False, **changes)
+    """Every dropout at 0: with dropout on, two looks at one token disagree (BUGS A13)."""
+    config = AutoConfig.from_pretrained(
+        source.path, revision=source.revision, trust_remote_code=False, **changes
+    )
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():
             if "drop" in name and isinstance(value, float):
@@ -191,20 +202,21 @@ def _options(source: Model) -> dict[str, Any]:
 
 
 def _load_scalar(source: Model, head_seed: int | None) -> PreTrainedModel:
-    """A sequence classifier with one label. Where the folder has no head (a causal model's), it starts at zero, or
-    from N(0, 1 / (d + 1)) seeded by ``head_seed`` (arXiv:2009.01325, appendix B.1): equal on all ranks."""
+    """A sequence classifier with one label.
+
+    Where the folder has no head (a causal model's), it starts at zero, or from N(0, 1 / (d + 1)) seeded by
+    ``head_seed`` (arXiv:2009.01325, appendix B.1): equal on all ranks.
+    """
     model, report = AutoModelForSequenceClassification.from_pretrained(
         source.path, config=_config(source, num_labels=1), output_loading_info=True, **_options(source)
     )
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(
-            f"{source.path}: {type(model).__name__} has no linear `score` layer with one output; use a decoder model "
+            f"{source.path}: {type(model).__name__} has no linear `score` layer with one output; use a decoder "
             "that AutoModelForSequenceClassification gives such a layer (Llama, Qwen, Gemma, GPT-2, ...)"
         )
-    missing = [name for name in report["missing_keys"] if not name.startswith("score.")]
-    if missing:
-        raise ValueError(f"{source.path} lacks weights of {type(model).__name__}: {missing[:5]}; is it the right folder?")
+    _refuse_missing(source, [name for name in report["missing_keys"] if not name.startswith("score.")])
     if report["missing_keys"]:
         with torch.no_grad():
             head.weight.zero_()
@@ -213,22 +225,31 @@ def _load_scalar(source: Model, head_seed: int | None) -> PreTrainedModel:
                 noise = torch.randn(head.weight.shape, generator=seeded) / (head.in_features + 1) ** 0.5
                 head.weight.copy_(noise)
     model.score = ScalarHead(head)
-    if model.config.pad_token_id is None:  # the saved folder: Transformers refuses to classify a batch without one
+    if model.config.pad_token_id is None:  # Transformers refuses to classify a batch without one
         eos = model.config.eos_token_id
         model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos or 0
     return model
 
 
+def _refuse_missing(source: Model, missing: Iterable[str]) -> None:
+    """Transformers would fill them with random numbers and a warning."""
+    if names := sorted(missing):
+        raise ValueError(f"{source.path} lacks the weights {names[:5]}; give the folder of a whole model")
+
+
 @torch.no_grad()
 def _check_head(policy: PolicyModel, probe: Tensor, expected: Tensor) -> None:
-    """Compares our log-probs of a few tokens with the model's own, once at load: an architecture that changes its
-    logits after ``lm_head`` in a way ``TokenHead`` does not know would otherwise train silently on wrong numbers."""
+    """Compares our log-probs of a few tokens with the model's own, once at load.
+
+    An architecture that changes its logits after ``lm_head`` in a way ``TokenHead`` does not know would
+    otherwise train silently on wrong numbers.
+    """
     ones = torch.ones_like(probe, dtype=torch.bool)
     ours = policy(probe, ones, ones, 1.0, False)[0][:, 1:]
     theirs = expected[:, :-1].gather(-1, probe[:, 1:, None]).squeeze(-1)
     worst = float((ours - theirs).abs().max())
     if not worst <= (0.1 if policy.model.dtype == torch.bfloat16 else 1e-3):
         raise ValueError(
-            f"{type(policy.model).__name__} changes its logits after lm_head in an unknown way (log-probs off by "
-            f"{worst:.3g}); add the change to actors/model.py:TokenHead"
+            f"{type(policy.model).__name__} changes its logits after lm_head in an unknown way (log-probs off "
+            f"by {worst:.3g}); add the change to actors/model.py:TokenHead"
         )

@@ -1,4 +1,4 @@
-"""The frozen policy that the KL is measured from. Plain PyTorch: it has no optimizer and never talks to other ranks."""
+"""The frozen policy that the KL is measured from: plain PyTorch, no optimizer, no talk between ranks."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The judge of finished responses: a frozen model with one score per sequence, and the learner that makes one."""
+"""The judge of finished responses: a frozen model with one score per sequence, and the learner of one."""
 
 import math
 from typing import Any
@@ -24,7 +24,8 @@ class RewardModel(Worker):
         self.model, self.micro_batch_tokens = model, micro_batch_tokens
 
     def start(self) -> None:
-        self.scorer = ScoreModel.load(self.model, head_seed=self.seed).to(self.device).requires_grad_(False).eval()
+        scorer = ScoreModel.load(self.model, head_seed=self.seed)
+        self.scorer = scorer.to(self.device).requires_grad_(False).eval()
 
     def score_rollouts(self, rollouts: list[Rollout]) -> list[float]:
         """The same of finished responses, prompt and response together."""
@@ -40,18 +41,19 @@ class RewardModel(Worker):
         for rows in self._micro_batches([len(tokens) for tokens in sequences]):
             tokens = pad([sequences[row] for row in rows], 0, torch.int64)
             mask = attention([len(sequences[row]) for row in rows], tokens.shape[1])
-            for row, value in zip(rows, self.scorer(tokens.to(self.device), mask.to(self.device)).tolist(), strict=True):
+            values = self.scorer(tokens.to(self.device), mask.to(self.device)).tolist()
+            for row, value in zip(rows, values, strict=True):
                 scores[row] = value
         for row, value in enumerate(scores):
             if not math.isfinite(value):
                 raise ValueError(
-                    f"{self.model.path} scored sequence {row} ({len(sequences[row])} tokens) with {value}; expected a "
-                    "finite number"
+                    f"{self.model.path} scored sequence {row} ({len(sequences[row])} tokens) with {value}; "
+                    "expected a finite number"
                 )
         return scores
 
     def _micro_batches(self, lengths: list[int]) -> list[list[int]]:
-        """Rows of similar length together, longest first, padded tokens within the budget (or one row alone)."""
+        """Rows of similar length together, longest first, padded within the budget (or one row alone)."""
         parts: list[list[int]] = []
         width = 0
         for row in sorted((r for r, length in enumerate(lengths) if length), key=lambda r: -lengths[r]):

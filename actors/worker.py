@@ -1,7 +1,8 @@
-"""What every Ray worker of a role is before it has a model: a process with a rank, threads, a seed and a device.
+"""What a Ray worker of any role is before it has a model: a process with rank, threads, seed and device.
 
-Workers are plain synchronous classes. ``group.py`` turns them into Ray actors; a unit test builds and steps one in its
-own process. ``setup`` is apart from the constructor because the address of rank 0 is known only when rank 0 runs.
+Workers are plain synchronous classes. ``group.py`` turns them into Ray actors; a unit test builds and steps
+one in its own process. ``setup`` is apart from the constructor because the address of rank 0 is known only
+when rank 0 runs.
 
     rank 0:    rendezvous() -> (host, port)
     all ranks: setup(rank, world_size, host, port, ...)     waits until all have joined, or timeout_s
@@ -23,7 +24,7 @@ import transformers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RosterLine:
-    """One process of the run, for roster.json. ``incarnation`` counts the processes that held this role and rank."""
+    """One process of the run, for roster.json; ``incarnation`` counts those that held this role and rank."""
 
     role: str
     rank: int
@@ -36,7 +37,8 @@ def own_address() -> str:
     """Of the interface that leads out of this machine; of the loopback where none does."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # an address nobody has (RFC 5737); a datagram socket sends nothing yet
+            # An address that nobody has (RFC 5737); connecting a datagram socket sends nothing.
+            probe.connect(("192.0.2.1", 9))
             return str(probe.getsockname()[0])
         except OSError:
             return "127.0.0.1"
@@ -63,9 +65,16 @@ class Worker(ABC):
             return own_address(), int(free.getsockname()[1])
 
     def setup(  # noqa: PLR0913, PLR0917
-        self, rank: int, world_size: int, master_addr: str, master_port: int, threads: int, seed: int, timeout_s: float
+        self,
+        rank: int,
+        world_size: int,
+        master_addr: str,
+        master_port: int,
+        threads: int,
+        seed: int,
+        timeout_s: float,
     ) -> None:
-        """Makes the process this rank, joins the others, loads the model. ``timeout_s`` bounds every collective."""
+        """Makes this process the rank, joins the others, loads; ``timeout_s`` bounds every collective."""
         self.rank, self.world_size, self.seed = rank, world_size, seed
         torch.set_num_threads(threads)
         random.seed(seed)
@@ -92,8 +101,8 @@ class Worker(ABC):
         if dist.is_initialized():  # several workers in one process, as tests have them
             if (dist.get_rank(), dist.get_world_size()) != (self.rank, self.world_size):
                 raise ValueError(
-                    f"{self.role} rank {self.rank} of {self.world_size}: this process is already rank {dist.get_rank()} "
-                    f"of {dist.get_world_size()}; give each rank its own process"
+                    f"{self.role} rank {self.rank} of {self.world_size}: this process is already rank "
+                    f"{dist.get_rank()} of {dist.get_world_size()}; give each rank its own process"
                 )
             return
         backend = "nccl" if self.device.type == "cuda" else "gloo"
@@ -104,8 +113,8 @@ class Worker(ABC):
     def describe(self) -> RosterLine:
         return RosterLine(role=self.role, rank=self.rank, pid=os.getpid(), node=socket.gethostname())
 
-    def health(self) -> None:
+    def health(self) -> None:  # noqa: B027
         """Answers when the process is alive and not inside another call."""
 
-    def close(self) -> None:
-        """Lets the model go. The process group stays until the process ends: DeepSpeed keeps it and takes no other."""
+    def close(self) -> None:  # noqa: B027
+        """Lets the model go. The process keeps its group to the end: DeepSpeed takes no second one."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch import help as field_help
+from launch.environment import prepare_environment
 from orchestrator.config import Run
 from orchestrator.configfile import load_run, run_as_yaml
 from orchestrator.plugins import nearest
@@ -84,6 +85,7 @@ def train(argv: Sequence[str]) -> int:
     arguments = train_parser().parse_intermixed_args(argv)
     run = resolve(arguments.run, arguments.overrides)
 
+    prepare_environment()
     from launch import train as training  # noqa: PLC0415 - torch and ray load here, after the run is valid
 
     return training.main(run, resume=arguments.resume, fresh=arguments.fresh)

@@ -1,7 +1,9 @@
 """Environment variables that must be set before Ray or torch are imported; ``launch/cli.py`` calls it first."""
 
+import logging
 import os
 import secrets
+import warnings
 
 WORKER_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a role without GPUs must not hide those of others
@@ -16,6 +18,7 @@ def prepare_environment() -> None:
     defaults = {
         **WORKER_ENV,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # the default of 15 gives every other process of the machine the right of way
         # Without these two, a Ray of our own would write a token file into the home directory.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -24,3 +27,7 @@ def prepare_environment() -> None:
         del defaults["RAY_AUTH_MODE"], defaults["RAY_AUTH_TOKEN"]
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # What Ray says of the two choices above, every time: that tokens are on, and that records arrive read-only.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Zero-copy tensor serialization is enabled")
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from actors.reward_function import RewardFunction, find_reward_function
@@ -37,6 +38,8 @@ class Materials:
 
 def prepare(run: Run, folder: Path) -> Materials:
     """Raises ValueError with field, rule, value and remedy for the first thing that is wrong."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     run = with_task(run, folder) if run.task else run
     tokenizer = load_tokenizer(run.model.path, run.model.revision, field="model.path")
     for field, path in role_models(run).items():

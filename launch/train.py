@@ -7,6 +7,7 @@ A stage that has finished is written down in stages.json; ``--resume`` goes on a
 
 import asyncio
 import time
+import traceback
 
 from launch.cluster import Cluster
 from launch.prepare import prepare
@@ -18,31 +19,29 @@ from launch.supervised_stage import run_reward_model, run_sft
 from launch.tracking import open_tracker
 from orchestrator.config import Run
 
+FAILED = 1
+
 
 def main(run: Run, *, resume: bool, fresh: bool) -> int:
     """The exit status; raises ValueError before Ray starts when something is wrong with the run."""
     started = time.monotonic()
     with RunFolder(run, resume=resume, fresh=fresh) as folder:
-        materials = prepare(run, folder.path)
+        materials, progress = prepare(run, folder.path), Progress()
         tracker = open_tracker(materials.run)
         try:
             with Cluster(materials.run) as cluster:
                 session = Session(
-                    materials=materials, folder=folder, cluster=cluster, progress=Progress(), tracker=tracker
+                    materials=materials, folder=folder, cluster=cluster, progress=progress, tracker=tracker
                 )
-                results = run_stages(session)
+                results = asyncio.run(stages(session))
+        except (RuntimeError, ValueError) as error:  # from here on no bad input of the user's: keep the traceback
+            (folder.path / "error.log").write_text(traceback.format_exc())
+            progress.note(f"the run failed: {error}\n(traceback in {folder.path / 'error.log'}; --resume goes on)")
+            return FAILED
         finally:
             tracker.close()
-        session.progress.summary("done", summary(session, results, time.monotonic() - started))
+        progress.summary("done", summary(session, results, time.monotonic() - started))
     return 0
-
-
-def run_stages(session: Session) -> dict[str, StageResult]:
-    """A ValueError from here on is no bad input of the user's: it keeps its traceback."""
-    try:
-        return asyncio.run(stages(session))
-    except ValueError as error:
-        raise RuntimeError(f"the run stopped: {error}") from error
 
 
 async def stages(session: Session) -> dict[str, StageResult]:

@@ -87,7 +87,7 @@ class Encoder:
 
 
 def clean(value: object, what: str, *, empty: bool = False) -> str:
-    """The text itself; BadRowError for None, another type, a lone surrogate, or (unless allowed) emptiness."""
+    """The text itself; BadRowError for None, another type, a lone surrogate or (unless allowed) emptiness."""
     if value is None:
         raise BadRowError(f"{what} is None; fill it in")
     if not isinstance(value, str):

@@ -28,8 +28,8 @@ class Probe:
 
     @staticmethod
     def tolerance_of(dtype: str) -> float:
-        """Measured: float32 differs by 1e-5 and bfloat16 by 0.05 in the mean; a stale lm_head by 2.5."""
-        return {"float32": 1e-3, "bfloat16": 0.25}[dtype]
+        """Measured: rounding is 4e-6 in float32 and 0.05 in bfloat16; an lm_head one step of 0.02 behind, 0.2."""
+        return {"float32": 1e-3, "bfloat16": 0.12}[dtype]
 
 
 async def publish(roles: Roles, version: int, probe: Probe) -> dict[str, float]:

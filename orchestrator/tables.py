@@ -47,7 +47,10 @@ class Complaints:
         if self.lines:
             hidden = len(self.lines) - NUM_SHOWN
             more = [f"  ... and {hidden} more"] if hidden > 0 else []
-            head = f"{self.where}: {len(self.lines)} bad rows (numbered from 0); correct or remove them"
+            plural = "s" if len(self.lines) > 1 else ""
+            head = (
+                f"{self.where}: {len(self.lines)} bad row{plural} (numbered from 0); correct or remove them"
+            )
             raise ValueError("\n".join([head, *self.lines[:NUM_SHOWN], *more]))
 
 

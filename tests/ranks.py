@@ -7,7 +7,8 @@ from typing import Any
 
 
 class Ranks:
-    """``ranks(f, *args)`` calls ``f(rank, world_size, *args)`` in every process and answers their answers in order."""
+    """``ranks(f, *args)`` calls ``f(rank, world_size, *args)`` in every process and answers their answers in
+    order."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size

@@ -1,7 +1,7 @@
 """Gradients are exact sums over ranks and micro-batches at every ZeRO stage, and a save continues exactly.
 
-AdamW's first step with a huge epsilon moves a parameter by -learning_rate * gradient / epsilon, so weights after one
-step show every gradient; float64 autograd of plain Transformers gives the numbers to compare with.
+AdamW's first step with a huge epsilon moves a parameter by -learning_rate * gradient / epsilon, so weights
+after one step show every gradient; float64 autograd of plain Transformers gives the numbers to compare with.
 """
 
 import math
@@ -22,7 +22,11 @@ from tests.ranks import Ranks
 
 LENGTHS = [9, 4, 7, 3, 8, 5]
 POISON = 16  # a last token that makes the loss infinite
-PLAIN_STEP = {"learning_rate": 1e4, "eps": 1e4, "max_grad_norm": 1e9}  # moves a parameter by minus its gradient
+PLAIN_STEP = {
+    "learning_rate": 1e4,
+    "eps": 1e4,
+    "max_grad_norm": 1e9,
+}  # moves a parameter by minus its gradient
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nll(policy: PolicyOutput, part: Examples) -> Loss:
     poison = (part.tokens == POISON).any(1, keepdim=True)
     return Loss(
-        values=-policy.logprobs * torch.where(poison, math.inf, 1.0), metrics={"nll": -policy.logprobs.detach()}
+        values=-policy.logprobs * torch.where(poison, math.inf, 1.0),
+        metrics={"nll": -policy.logprobs.detach()},
     )
 
 
@@ -60,7 +65,9 @@ def minibatch(width: int = max(LENGTHS), *, poison: bool = False) -> Minibatch:
     return Minibatch(records=examples, rows=torch.arange(len(LENGTHS)), weights=trained / trained.sum())
 
 
-def actor(rank: int, world_size: int, folder: Path, dtype: str, port: int, optimizer: dict, *, steps: int = 10) -> Actor:
+def actor(
+    rank: int, world_size: int, folder: Path, dtype: str, port: int, optimizer: dict, *, steps: int = 10
+) -> Actor:
     worker = Actor(
         model=Model(path=str(folder), dtype=dtype),
         optimizer=Optimizer(**optimizer),
@@ -84,7 +91,8 @@ def step_once(
 
 
 def one_float64_step(folder: Path) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, gradient norm and weights after the step, by plain Transformers and the formula of AdamW's first step."""
+    """Loss, gradient norm and weights after the step, by plain Transformers and the formula of AdamW's first
+    step."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     whole = minibatch()
     examples = whole.records
@@ -141,16 +149,25 @@ def norm_of_repeats(rank: int, world_size: int, folder: Path, port: int, stage: 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_bfloat16_gradients_are_summed_in_float32(two_ranks: Ranks, folder: Path, stage: int) -> None:
-    """Sums of n equal bfloat16 gradients: n times one of them, which bfloat16 sums would round (by 1e-3 and more)."""
+    """Sums of n equal bfloat16 gradients: n times one of them, which bfloat16 sums would round (by 1e-3 and
+    more)."""
     one = norm_of_repeats(0, 1, folder, 29611, stage, 1)
     assert norm_of_repeats(0, 1, folder, 29611, stage, 7) == pytest.approx(7 * one, rel=1e-6)
     assert two_ranks(norm_of_repeats, folder, 29612, stage, 7) == pytest.approx([14 * one] * 2, rel=1e-6)
 
 
-SCHEDULED = {"learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1, "zero_stage": 0}
+SCHEDULED = {
+    "learning_rate": 1e-2,
+    "schedule": "cosine",
+    "warmup_steps": 2,
+    "weight_decay": 0.1,
+    "zero_stage": 0,
+}
 
 
-def resume(rank: int, world_size: int, folder: Path, dtype: str, port: int, stage: int, save_to: Path) -> bool:
+def resume(
+    rank: int, world_size: int, folder: Path, dtype: str, port: int, stage: int, save_to: Path
+) -> bool:
     """Three steps, save, two more; against a fresh worker that loads and takes the two."""
     plan = [[0, 2], [4]] if rank == 0 else [[1, 3], [5]]
     first = actor(rank, world_size, folder, dtype, port, SCHEDULED | {"zero_stage": stage})
@@ -170,7 +187,9 @@ def test_training_resumes_bit_for_bit(folder: Path, dtype: str, tmp_path: Path) 
     assert resume(0, 1, folder, dtype, 29611, 0, tmp_path)
 
 
-@pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("float32", 1), ("float32", 3), ("bfloat16", 2), ("bfloat16", 3)])
+@pytest.mark.parametrize(
+    ("dtype", "stage"), [("float32", 0), ("float32", 1), ("float32", 3), ("bfloat16", 2), ("bfloat16", 3)]
+)
 def test_training_resumes_bit_for_bit_on_two_ranks(
     two_ranks: Ranks, folder: Path, dtype: str, stage: int, tmp_path: Path
 ) -> None:
@@ -182,7 +201,9 @@ def test_a_folder_without_state_is_refused(folder: Path, tmp_path: Path) -> None
         actor(0, 1, folder, "float32", 29611, SCHEDULED).load(tmp_path)
 
 
-def survive(rank: int, world_size: int, folder: Path, dtype: str, port: int, stage: int) -> tuple[float, bool, bool]:
+def survive(
+    rank: int, world_size: int, folder: Path, dtype: str, port: int, stage: int
+) -> tuple[float, bool, bool]:
     """skipped_steps of a poisoned step; whether it left the weights alone; whether the next one trains."""
     worker = actor(rank, world_size, folder, dtype, port, {"learning_rate": 1e-2, "zero_stage": stage})
     plan = [[0, 2], [4]] if rank == 0 else [[1, 3], [5]]
@@ -190,7 +211,9 @@ def survive(rank: int, world_size: int, folder: Path, dtype: str, port: int, sta
     skipped = worker.update(minibatch(poison=True), plan)["skipped_steps"]
     untouched = all(torch.equal(before[n], t) for n, t in whole_weights(worker).items())
     applied = worker.update(minibatch(), plan)["skipped_steps"] == 0.0
-    moved = all(not torch.equal(before[n], t) and t.isfinite().all() for n, t in whole_weights(worker).items())
+    moved = all(
+        not torch.equal(before[n], t) and t.isfinite().all() for n, t in whole_weights(worker).items()
+    )
     return skipped, untouched, applied and moved
 
 
@@ -199,7 +222,10 @@ def test_a_gradient_that_is_not_finite_skips_one_step(folder: Path, dtype: str) 
     assert survive(0, 1, folder, dtype, 29611, 0) == (1.0, True, True)
 
 
-@pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("float32", 1), ("float32", 2), ("float32", 3), ("bfloat16", 2), ("bfloat16", 3)])
+@pytest.mark.parametrize(
+    ("dtype", "stage"),
+    [("float32", 0), ("float32", 1), ("float32", 2), ("float32", 3), ("bfloat16", 2), ("bfloat16", 3)],
+)
 def test_a_gradient_that_is_not_finite_skips_one_step_on_all_ranks(
     two_ranks: Ranks, folder: Path, dtype: str, stage: int
 ) -> None:
@@ -207,7 +233,8 @@ def test_a_gradient_that_is_not_finite_skips_one_step_on_all_ranks(
 
 
 def test_small_learning_rates_move_bfloat16_weights_as_far_as_float32(tmp_path: Path) -> None:
-    """BUGS C7: 50 steps at 1e-6; the weights whose bfloat16 value changed, against a float32 run cast at the end."""
+    """BUGS C7: 50 steps at 1e-6; the weights whose bfloat16 value changed, against a float32 run cast at the
+    end."""
     base = tiny.build(tiny.llama(hidden=32)).bfloat16()
     base.save_pretrained(tmp_path)
     before = {name: tensor.detach() for name, tensor in base.named_parameters()}
@@ -251,7 +278,8 @@ def test_learning_rate_schedules() -> None:
 
 
 def test_weight_decay_spares_vectors(folder: Path) -> None:
-    """A step at gradient 0 (no row has weight) multiplies matrices by 1 - 0.1 * 0.5 and leaves norms alone."""
+    """A step at gradient 0 (no row has weight) multiplies matrices by 1 - 0.1 * 0.5 and leaves norms
+    alone."""
     worker = actor(0, 1, folder, "float32", 29611, {"learning_rate": 0.1, "weight_decay": 0.5})
     before = whole_weights(worker)
     worker.update(minibatch(), [[]])

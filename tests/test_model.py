@@ -6,8 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CohereConfig, CohereForCausalLM
-from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from actors import model as models
 from actors.model import LanguageModel, PolicyModel, ScoreModel, ValueModel
@@ -36,7 +44,9 @@ def test_index_t_speaks_about_the_token_at_t(tmp_path: Path, config: object) -> 
     logprobs, entropy = policy(tokens, ones, ones, 0.5, True)
     logits = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=tokens).logits[0] / 0.5
     after_3, after_3_9 = logits[0].log_softmax(-1), logits[1].log_softmax(-1)
-    torch.testing.assert_close(logprobs[0], torch.stack([torch.tensor(0.0), after_3[9], after_3_9[4]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logprobs[0], torch.stack([torch.tensor(0.0), after_3[9], after_3_9[4]]), atol=1e-5, rtol=0
+    )
     by_hand = -(after_3_9.exp() * after_3_9).sum()
     torch.testing.assert_close(entropy[0, 2], by_hand, atol=1e-5, rtol=0)
 
@@ -65,7 +75,11 @@ def test_padding_changes_nothing_with_absolute_positions(
             return model(tokens, mask)
         response = mask.clone()
         response[0, : left + 2] = False  # the first token's answer would need a state before it
-        answer = model(tokens, mask, response, 1.0, False)[0] if wrapper is PolicyModel else model(tokens, mask, response)
+        answer = (
+            model(tokens, mask, response, 1.0, False)[0]
+            if wrapper is PolicyModel
+            else model(tokens, mask, response)
+        )
         return answer[0, left : left + len(SEQUENCE)]
 
     alone = says(0, 0)
@@ -78,11 +92,14 @@ def test_score_is_the_head_on_the_last_attended_token(tmp_path: Path) -> None:
     scorer = ScoreModel.load(source(tmp_path, tiny.llama()), head_seed=1)
     tokens, mask = padded(0, 3)
     states = scorer.model.base_model(input_ids=tokens[:, :5]).last_hidden_state
-    torch.testing.assert_close(scorer(tokens, mask), states[:, 4] @ scorer.model.score.weight[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        scorer(tokens, mask), states[:, 4] @ scorer.model.score.weight[0], atol=1e-5, rtol=0
+    )
 
 
 def test_value_is_of_the_state_before_the_token(tmp_path: Path) -> None:
-    """BUGS A3: three tokens; the value at t comes from the hidden state at t-1, gradients only from the mask."""
+    """BUGS A3: three tokens; the value at t comes from the hidden state at t-1, gradients only from the
+    mask."""
     critic = ValueModel.load(source(tmp_path, tiny.llama()), head_seed=1)
     tokens = torch.tensor([[3, 9, 4]])
     ones = torch.ones_like(tokens, dtype=torch.bool)
@@ -174,6 +191,13 @@ def test_a_critic_starts_from_a_reward_models_head(tmp_path: Path) -> None:
     scorer.write(tmp_path / "reward", dict(scorer.model.state_dict()))
     critic = ValueModel.load(Model(path=str(tmp_path / "reward"), dtype="float32"))
     assert torch.equal(critic.model.score.weight, scorer.model.score.weight)
+
+
+def test_a_folder_without_a_language_head_is_no_policy(tmp_path: Path) -> None:
+    scorer = ScoreModel.load(source(tmp_path / "base", tiny.llama(tied=False)), head_seed=7)
+    scorer.write(tmp_path / "reward", dict(scorer.model.state_dict()))
+    with pytest.raises(ValueError, match=r"lacks the weights \['lm_head.weight'\]"):
+        PolicyModel.load(Model(path=str(tmp_path / "reward"), dtype="float32"))
 
 
 def test_a_saved_reward_model_is_what_transformers_reads(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The built-in task: disjoint splits, mistakes that are mistakes, and files that the rest of Quartet reads."""
+"""The built-in task: disjoint splits, mistakes that are mistakes, files that the rest of Quartet reads."""
 
 import json
 import random

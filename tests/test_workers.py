@@ -69,7 +69,11 @@ def experience(advantages: Tensor, old_logprobs: Tensor | None = None) -> Experi
 
 def minibatch(records: Experience | Examples, weights: Tensor | None = None) -> Minibatch:
     mask = records.action_mask
-    return Minibatch(records=records, rows=torch.arange(len(mask)), weights=mask / mask.sum() if weights is None else weights)
+    return Minibatch(
+        records=records,
+        rows=torch.arange(len(mask)),
+        weights=mask / mask.sum() if weights is None else weights,
+    )
 
 
 def policy_gradient(policy: PolicyOutput, part: Experience) -> Loss:
@@ -118,7 +122,9 @@ def test_actor_and_reference_score_at_the_sampling_temperature(model: Model) -> 
 def test_reference_agrees_with_the_actor_it_came_from(model: Model) -> None:
     reference = ready(Reference(model=model))
     plan = [[1, 2], [], [0]]
-    torch.testing.assert_close(reference.score(batch(), plan), make_actor(model).score(batch(), plan), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        reference.score(batch(), plan), make_actor(model).score(batch(), plan), atol=1e-5, rtol=0
+    )
     assert reference.score(batch(), [[]]).shape == (0, 6)
 
 
@@ -203,7 +209,9 @@ def test_weights_are_sent_under_their_hugging_face_names(model: Model) -> None:
     receipt = actor.send_weights(2)
     theirs = AutoModelForCausalLM.from_pretrained(model.path)
     assert receipt.checksums == {name: p.numel() for name, p in theirs.named_parameters()}  # tied ones once
-    assert actor.backend.parameter_shapes() == [(name, tuple(p.shape)) for name, p in theirs.named_parameters()]
+    assert actor.backend.parameter_shapes() == [
+        (name, tuple(p.shape)) for name, p in theirs.named_parameters()
+    ]
 
 
 def test_a_critic_learns_the_returns(model: Model) -> None:
@@ -258,7 +266,9 @@ def test_a_reward_that_is_not_finite_is_refused(model: Model) -> None:
 def test_heads_are_equal_on_all_ranks(model: Model) -> None:
     seeds = [ScoreModel.load(model, head_seed=5).model.score.weight for _ in range(2)]
     assert torch.equal(*seeds)
-    assert torch.equal(ready(RewardModel(model=model, micro_batch_tokens=9)).scorer.model.score.weight, seeds[0])
+    assert torch.equal(
+        ready(RewardModel(model=model, micro_batch_tokens=9)).scorer.model.score.weight, seeds[0]
+    )
 
 
 def test_a_worker_says_who_it_is_and_keeps_its_rank(model: Model) -> None:
@@ -271,4 +281,6 @@ def test_a_worker_says_who_it_is_and_keeps_its_rank(model: Model) -> None:
 
 def test_a_closed_worker_makes_room_for_the_next(model: Model) -> None:
     make_actor(model).close()
-    assert make_actor(model).update(minibatch(experience(torch.ones(3, 6))), [[0, 1, 2]])["skipped_steps"] == 0.0
+    assert (
+        make_actor(model).update(minibatch(experience(torch.ones(3, 6))), [[0, 1, 2]])["skipped_steps"] == 0.0
+    )

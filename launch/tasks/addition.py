@@ -27,8 +27,8 @@ from orchestrator.config import ChatData, PromptData, Task
 Problem = tuple[int, int]  # (437, 8)
 
 FIRST, SECOND = range(100, 1000), range(1, 10)
-MISTAKE_WEIGHTS = (30, 60, 10)  # carry, digit, length
-PAIRS_PER_PROBLEM = 2
+MISTAKES = {"carry": 45, "last digit": 30, "other digit": 15, "length": 10}  # relative frequency
+PAIRS_PER_PROBLEM = 3
 MAX_POSITIONS = 64
 SPECIAL = ("<pad>", "<eos>", "<unk>")  # padding is not EOS: a batch shows where a response ended
 
@@ -88,14 +88,13 @@ def mistake(problem: Problem, chance: random.Random) -> str:
     has only seen forgotten carries scores a wrong last digit as high as the right one, and PPO finds out.
     """
     right = answer(problem)
-    match chance.choices(("carry", "digit", "length"), MISTAKE_WEIGHTS)[0]:
-        case "carry":
-            return str(sum(problem) + chance.choice((-10, 10)))
-        case "digit":
-            at = chance.randrange(len(right))
-            return right[:at] + str((int(right[at]) + chance.randrange(1, 10)) % 10) + right[at + 1 :]
-        case _:
-            return chance.choice((right[:-1], right[1:], right + str(chance.randrange(10))))
+    kind = chance.choices(tuple(MISTAKES), tuple(MISTAKES.values()))[0]
+    if kind == "carry":
+        return str(sum(problem) + chance.choice((-10, 10)))
+    if kind == "length":
+        return chance.choice((right[:-1], right[1:], right + str(chance.randrange(10))))
+    at = len(right) - 1 if kind == "last digit" else chance.randrange(len(right) - 1)
+    return right[:at] + str((int(right[at]) + chance.randrange(1, 10)) % 10) + right[at + 1 :]
 
 
 def _spoilt(train: list[Problem], task: Task, chance: random.Random) -> set[Problem]:

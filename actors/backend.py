@@ -39,6 +39,7 @@ warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=
 
 GATHER_ELEMENTS = 2**25  # parameters gathered at once: 128 MiB in float32
 REDUCE_ELEMENTS = 2**25  # gradients reduced at once; ZeRO allocates a buffer of this size every step
+PERSISTENT_ELEMENTS = 10**5  # ZeRO-3 keeps smaller parameters whole on every rank
 STATE = "state"  # DeepSpeed's "tag": the folder inside the folder
 
 
@@ -187,6 +188,7 @@ def _deepspeed_config(stage: int, dtype: torch.dtype, max_grad_norm: float, size
             "overlap_comm": torch.cuda.is_available() and stage == 3,
             "reduce_bucket_size": reduce_elements,
             "allgather_bucket_size": reduce_elements,
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
         },
     }
 
@@ -194,8 +196,8 @@ def _deepspeed_config(stage: int, dtype: torch.dtype, max_grad_norm: float, size
 def _skip_compiling_shared_memory_op() -> None:
     """Keeps DeepSpeed on gloo between CPU ranks.
 
-    Its shared-memory op takes 29 s to compile on first use, and a killed build leaves a lock on which the
-    next one waits forever. ``deepspeed.ops`` probes the compiler unless this dict is already there.
+    Its shared-memory op compiles for 29 s, and a killed build leaves a lock on which the next one waits.
+    ``deepspeed.ops`` probes the compiler unless this dict is already there.
     """
     if not torch.cuda.is_available():
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})

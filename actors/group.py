@@ -1,9 +1,10 @@
 """A role's verbs over N Ray workers: split, call with a deadline, gather. Here is where Ray begins.
 
-    driver --- one await per verb ---> group --- one Ray call per worker ---> workers (collectives among themselves)
+    driver --- one await per verb ---> group --- one Ray call per worker ---> workers (collectives among
+    themselves)
 
-Every call ends: with an answer, or with a RoleError that names role, rank and verb. Records travel once: the group puts
-them into the object store and every worker of every role reads the same copy.
+Every call ends: with an answer, or with a RoleError that names role, rank and verb. Records travel once: the
+group puts them into the object store and every worker of every role reads the same copy.
 """
 
 import asyncio
@@ -50,13 +51,24 @@ class RemoteWorker:
             raise RoleError(f"{self.who} died in {verb}: {error}") from error
 
 
-def spawn(cls: type, *, who: str, seat: Seat, group: PlacementGroup, env: dict[str, str], deadlines: Deadlines, **settings: Any) -> RemoteWorker:
+def spawn(
+    cls: type,
+    *,
+    who: str,
+    seat: Seat,
+    group: PlacementGroup,
+    env: dict[str, str],
+    deadlines: Deadlines,
+    **settings: Any,
+) -> RemoteWorker:
     """Starts one worker in its seat; its constructor runs there. Errors surface in the first call."""
     resources = dict(seat.resources)
     options = {
         "num_cpus": resources.get("CPU", 0.0),
         "num_gpus": resources.get("GPU", 0.0),
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.bundle),
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=seat.bundle
+        ),
         "runtime_env": {"env_vars": env},
     }
     return RemoteWorker(ray.remote(cls).options(**options).remote(**settings), who, deadlines)
@@ -90,7 +102,17 @@ class WorkerGroup:
         world = len(self.workers)
         await asyncio.gather(
             *(
-                w.call(w.handle.setup, rank, world, host, port, threads, seed, timeout_s, deadline_s=w.deadlines.start_s)
+                w.call(
+                    w.handle.setup,
+                    rank,
+                    world,
+                    host,
+                    port,
+                    threads,
+                    seed,
+                    timeout_s,
+                    deadline_s=w.deadlines.start_s,
+                )
                 for rank, w in enumerate(self.workers)
             )
         )
@@ -104,7 +126,9 @@ class WorkerGroup:
 
     async def close(self) -> None:
         """Ends the processes. A worker that is already gone is no error."""
-        await asyncio.gather(*(w.call(w.handle.close, deadline_s=10) for w in self.workers), return_exceptions=True)
+        await asyncio.gather(
+            *(w.call(w.handle.close, deadline_s=10) for w in self.workers), return_exceptions=True
+        )
         for worker in self.workers:
             ray.kill(worker.handle)
 
@@ -159,7 +183,9 @@ class LearnerGroup(ScorerGroup):
 class ActorGroup(LearnerGroup):
     """The policy's group: it also sends its weights and answers the probe."""
 
-    async def open_channel(self, transport: Transport, dtype: str, *, bucket_mb: int, world_size: int) -> Address:
+    async def open_channel(
+        self, transport: Transport, dtype: str, *, bucket_mb: int, world_size: int
+    ) -> Address:
         """Where the engines find rank 0; ``world_size`` counts it and every vLLM worker."""
         addresses = await asyncio.gather(
             *(

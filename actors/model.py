@@ -213,8 +213,8 @@ def _load_scalar(source: Model, head_seed: int | None) -> PreTrainedModel:
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(
-            f"{source.path}: {type(model).__name__} has no linear `score` layer with one output; use a decoder "
-            "that AutoModelForSequenceClassification gives such a layer (Llama, Qwen, Gemma, GPT-2, ...)"
+            f"{source.path}: {type(model).__name__} has no linear `score` layer with one output; use a "
+            "decoder of AutoModelForSequenceClassification (Llama, Qwen, Gemma, GPT-2, ...)"
         )
     _refuse_missing(source, [name for name in report["missing_keys"] if not name.startswith("score.")])
     if report["missing_keys"]:
@@ -250,6 +250,6 @@ def _check_head(policy: PolicyModel, probe: Tensor, expected: Tensor) -> None:
     worst = float((ours - theirs).abs().max())
     if not worst <= (0.1 if policy.model.dtype == torch.bfloat16 else 1e-3):
         raise ValueError(
-            f"{type(policy.model).__name__} changes its logits after lm_head in an unknown way (log-probs off "
-            f"by {worst:.3g}); add the change to actors/model.py:TokenHead"
+            f"{type(policy.model).__name__} changes its logits after lm_head in an unknown way (log-probs "
+            f"off by {worst:.3g}); add the change to actors/model.py:TokenHead"
         )

@@ -34,5 +34,7 @@ class FunctionReward(Worker):
         rewards = [self._score(r.text, r.prompt.text, r.prompt.label) for r in rollouts]
         for rollout, reward in zip(rollouts, rewards, strict=True):
             if not math.isfinite(reward):
-                raise ValueError(f"{self.function} gave sample {rollout.uid} the reward {reward}; expected a finite number")
+                raise ValueError(
+                    f"{self.function} gave sample {rollout.uid} the reward {reward}; expected a finite number"
+                )
         return rewards

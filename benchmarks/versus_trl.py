@@ -3,10 +3,11 @@
     python benchmarks/versus_trl.py --algorithm grpo --trl-python PATH --peers FOLDER
     python benchmarks/versus_trl.py --algorithm ppo  --trl-python PATH --peers FOLDER
 
-``--peers`` holds the baseline scripts ``trl_grpo.py`` and ``trl_ppo.py`` (one JSON line each); ``--trl-python`` is the
-interpreter of an environment with TRL (1.16.0 for GRPO; 1.12.0, the last with PPO, for PPO). Both sides: a Qwen2 of 0.9M
-parameters over bytes, 8 prompts x 4 samples x at most 64 tokens, float32, one optimizer step per step, both cores. A run
-counts by the median of its warm steps; the result is the median over runs with its spread, and the ratio of each pair.
+``--peers`` holds the baseline scripts ``trl_grpo.py`` and ``trl_ppo.py`` (one JSON line each);
+``--trl-python`` is the interpreter of an environment with TRL (1.16.0 for GRPO; 1.12.0, the last with PPO,
+for PPO). Both sides: a Qwen2 of 0.9M parameters over bytes, 8 prompts x 4 samples x at most 64 tokens,
+float32, one optimizer step per step, both cores. A run counts by the median of its warm steps; the result is
+the median over runs with its spread, and the ratio of each pair.
 """
 
 import argparse
@@ -27,19 +28,29 @@ MODEL = {
 
 
 def make_model(folder: Path, *, classifier: bool = False) -> None:
-    """A byte-level Qwen2 from scratch, with its tokenizer; ``classifier``: with a score head instead of an lm_head."""
+    """A byte-level Qwen2 from scratch, with its tokenizer; ``classifier``: with a score head instead of an
+    lm_head."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen2ForSequenceClassification,
+    )
 
     vocabulary = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = Tokenizer(models.BPE(vocab={**vocabulary, "<|pad|>": 256, "<|eos|>": 257}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|pad|>", eos_token="<|eos|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|pad|>", eos_token="<|eos|>").save_pretrained(
+        folder
+    )
     torch.manual_seed(0)
     config = Qwen2Config(**MODEL, num_labels=1)
-    (Qwen2ForSequenceClassification if classifier else Qwen2ForCausalLM)(config).float().save_pretrained(folder)
+    (Qwen2ForSequenceClassification if classifier else Qwen2ForCausalLM)(config).float().save_pretrained(
+        folder
+    )
 
 
 def quartet_step(work: Path, algorithm: str, steps: int, run: int) -> float:
@@ -47,7 +58,11 @@ def quartet_step(work: Path, algorithm: str, steps: int, run: int) -> float:
     prompts = work / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Write many e {i:03d}: "}) + "\n" for i in range(64)))
     folder = work / f"quartet-{algorithm}-{run}"
-    reward = f"roles.reward.model={work / 'scorer'}" if algorithm == "ppo" else "roles.reward.function=letter_fraction"
+    reward = (
+        f"roles.reward.model={work / 'scorer'}"
+        if algorithm == "ppo"
+        else "roles.reward.function=letter_fraction"
+    )
     roles = ("actor", "critic", "reward", "reference")
     overrides = [
         f"run_dir={folder}", f"model.path={work / 'model'}", "model.dtype=float32", "model.max_length=128", reward,
@@ -58,7 +73,13 @@ def quartet_step(work: Path, algorithm: str, steps: int, run: int) -> float:
         "roles.actor.optimizer.learning_rate=1e-3", "roles.critic.optimizer.learning_rate=1e-3",
         f"roles.actor.threads={2 if algorithm == 'grpo' else 1}",
     ]  # fmt: skip
-    command = [str(Path(sys.executable).parent / "quartet"), "train", str(empty_run(work)), *overrides, "--fresh"]
+    command = [
+        str(Path(sys.executable).parent / "quartet"),
+        "train",
+        str(empty_run(work)),
+        *overrides,
+        "--fresh",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["step_s"] for line in lines if "step_s" in line]
@@ -84,7 +105,9 @@ def trl_step(work: Path, algorithm: str, steps: int, args: argparse.Namespace) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--algorithm", choices=["grpo", "ppo"], required=True)
     parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL")
     parser.add_argument("--peers", type=Path, required=True, help="folder with the baseline scripts")
@@ -99,7 +122,11 @@ def main() -> None:
         for run in range(args.runs):
             ours.append(quartet_step(work, args.algorithm, args.steps, run))
             theirs.append(trl_step(work, args.algorithm, args.steps, args))
-            print(f"run {run + 1}: quartet {ours[-1]:.3f} s  trl {theirs[-1]:.3f} s", file=sys.stderr, flush=True)
+            print(
+                f"run {run + 1}: quartet {ours[-1]:.3f} s  trl {theirs[-1]:.3f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
     report = {
         "algorithm": args.algorithm, "runs": args.runs, "steps": args.steps,

@@ -1,4 +1,5 @@
-"""From a configuration to role handles: which class in which seat, with which weights. Nothing else knows the classes."""
+"""From a configuration to role handles: which class in which seat, with which weights. Nothing else knows the
+classes."""
 
 import asyncio
 from typing import Any, TypeVar

@@ -1,7 +1,7 @@
 """Ray, placement groups and the roster: the machines of a run, from a configuration to processes with names.
 
-Invariant: whatever the cluster cannot grant is said within ``placement.timeout_s``, with what was asked, what is there,
-and which number to change.
+Invariant: whatever the cluster cannot grant is said within ``placement.timeout_s``, with what was asked, what
+is there, and which number to change.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Environment variables that must be set before Ray or torch are imported; ``launch/cli.py`` calls it first."""
+"""Environment variables that must be set before Ray or torch are imported; ``launch/cli.py`` calls it
+first."""
 
 import logging
 import os

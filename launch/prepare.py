@@ -1,7 +1,7 @@
 """Everything that can be wrong with a run, found before Ray starts or a model is loaded.
 
-Fills in what the task provides, reads every file of every stage, and compares the tokenizers of the roles. What it
-returns holds tokens and no paths to data: the stages cannot meet a bad row.
+Fills in what the task provides, reads every file of every stage, and compares the tokenizers of the roles.
+What it returns holds tokens and no paths to data: the stages cannot meet a bad row.
 """
 
 from collections.abc import Sequence

@@ -51,7 +51,8 @@ async def run_rl(session: Session, models: dict[str, str]) -> StageResult:
 
 
 def probe_of(prompts: Sequence[Prompt], run: Run) -> Probe:
-    """The first prompts, one after the other: text as the policy meets it. One token less than the engine's longest."""
+    """The first prompts, one after the other: text as the policy meets it. One token less than the engine's
+    longest."""
     length = min(PROBE_TOKENS, run.model.max_length - 1)
     tokens: list[int] = []
     for prompt in prompts:

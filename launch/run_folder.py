@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from actors.group import PairLearnerGroup
 from launch.build import Crew
 from launch.prepare import Units
 from launch.run_folder import StageResult
@@ -15,7 +16,6 @@ from orchestrator.metrics import throughput
 from orchestrator.objectives import reward_model, sft
 from orchestrator.roles import Metrics
 from orchestrator.supervised import fit, num_steps
-from actors.group import PairLearnerGroup
 
 HELDOUT_BATCH = 64  # pairs per forward call of the held-out evaluation
 

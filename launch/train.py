@@ -34,9 +34,14 @@ def main(run: Run, *, resume: bool, fresh: bool) -> int:
                     materials=materials, folder=folder, cluster=cluster, progress=progress, tracker=tracker
                 )
                 results = asyncio.run(stages(session))
-        except (RuntimeError, ValueError) as error:  # from here on no bad input of the user's: keep the traceback
+        except (
+            RuntimeError,
+            ValueError,
+        ) as error:  # from here on no bad input of the user's: keep the traceback
             (folder.path / "error.log").write_text(traceback.format_exc())
-            progress.note(f"the run failed: {error}\n(traceback in {folder.path / 'error.log'}; --resume goes on)")
+            progress.note(
+                f"the run failed: {error}\n(traceback in {folder.path / 'error.log'}; --resume goes on)"
+            )
             return FAILED
         finally:
             tracker.close()
@@ -64,7 +69,8 @@ async def stages(session: Session) -> dict[str, StageResult]:
 
 
 def rl_models(run: Run, base: str, reward_model: str | None) -> dict[str, str]:
-    """Where each role's initial weights are. The critic starts from the reward model (arXiv:2203.02155), if there is one."""
+    """Where each role's initial weights are. The critic starts from the reward model (arXiv:2203.02155), if
+    there is one."""
     roles = run.roles
     actor = roles.actor.model or base
     models = {"actor": actor, "reference": roles.reference.model or actor}

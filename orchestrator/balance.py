@@ -1,7 +1,8 @@
 """Cuts the rows of a step over data-parallel ranks and into micro-batches within a token budget.
 
-Every rank gets the same number of micro-batches, because under ZeRO-3 each forward pass is a collective: a rank with
-fewer would leave the others waiting. A rank may get an empty micro-batch, which its worker runs with zero weights.
+Every rank gets the same number of micro-batches, because under ZeRO-3 each forward pass is a collective: a
+rank with fewer would leave the others waiting. A rank may get an empty micro-batch, which its worker runs
+with zero weights.
 """
 
 import heapq
@@ -13,8 +14,8 @@ Plan = list[list[list[int]]]  # [rank][micro-batch] -> rows
 def plan(lengths: Sequence[int], *, num_ranks: int, token_budget: int, unit: int = 1) -> Plan:
     """Rows 0..len(lengths)-1, each with its length in tokens, padding counted, into equal loads.
 
-    ``unit`` consecutive rows stay together (2 for preference pairs). Longest first into the micro-batch that is
-    cheapest so far; the number of micro-batches grows until every one is within the budget.
+    ``unit`` consecutive rows stay together (2 for preference pairs). Longest first into the micro-batch that
+    is cheapest so far; the number of micro-batches grows until every one is within the budget.
 
     Raises ValueError when a unit alone is over the budget.
     """
@@ -34,7 +35,9 @@ def plan(lengths: Sequence[int], *, num_ranks: int, token_budget: int, unit: int
         per_rank += 1
 
 
-def _fill(units: list[list[int]], longest: dict[int, int], num_bins: int, budget: int, unit: int) -> list[list[int]] | None:
+def _fill(
+    units: list[list[int]], longest: dict[int, int], num_bins: int, budget: int, unit: int
+) -> list[list[int]] | None:
     """Longest-processing-time-first into ``num_bins``; None when a padded bin passes the budget."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     widths = [0] * num_bins

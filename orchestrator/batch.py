@@ -103,7 +103,9 @@ class Experience(_Columns):
     attention_mask: Tensor  # [B, T] bool
     action_mask: Tensor  # [B, T] bool
     rollout_logprobs: Tensor  # [B, T] float32, the engine's
-    old_logprobs: Tensor | None  # [B, T] policy before this step; None: the only update takes its own (ratio 1)
+    old_logprobs: (
+        Tensor | None
+    )  # [B, T] policy before this step; None: the only update takes its own (ratio 1)
     advantages: Tensor  # [B, T] 0.0 off the action mask
     old_values: Tensor | None  # [B, T] critic before this step; None when the run has no critic
     returns: Tensor | None  # [B, T] critic targets; None when the run has no critic

@@ -1,8 +1,8 @@
 """One manifest for all learners and the driver: written last, verified on load.
 
-A checkpoint is a folder ``step-00000042``. The learners write into ``tmp-00000042``; then the manifest with the sha256
-of every file; then one rename makes it a checkpoint. A crash before the rename leaves a ``tmp-`` folder that nobody
-reads (FAULTS 16, 17). Older checkpoints go only after the newer one is complete.
+A checkpoint is a folder ``step-00000042``. The learners write into ``tmp-00000042``; then the manifest with
+the sha256 of every file; then one rename makes it a checkpoint. A crash before the rename leaves a ``tmp-``
+folder that nobody reads (FAULTS 16, 17). Older checkpoints go only after the newer one is complete.
 """
 
 import asyncio
@@ -44,7 +44,9 @@ class Checkpoints:
         draft.mkdir(parents=True)
         await asyncio.gather(*(learner.save(draft / name) for name, learner in learners.items()))
         files = {str(path.relative_to(draft)): sha256(path) for path in files_of(draft)}
-        write_durably(draft / MANIFEST, json.dumps(asdict(Manifest(step=step, ledger=ledger, files=files)), indent=1))
+        write_durably(
+            draft / MANIFEST, json.dumps(asdict(Manifest(step=step, ledger=ledger, files=files)), indent=1)
+        )
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         sync_folder(self._folder)
@@ -53,7 +55,8 @@ class Checkpoints:
         return final
 
     def latest(self) -> tuple[Path, Manifest] | None:
-        """The newest checkpoint, verified; None when there is none. Raises CheckpointError when it is damaged."""
+        """The newest checkpoint, verified; None when there is none. Raises CheckpointError when it is
+        damaged."""
         complete = self._complete()
         return (complete[-1], verify(complete[-1])) if complete else None
 
@@ -66,7 +69,9 @@ def verify(folder: Path) -> Manifest:
     try:
         manifest = Manifest(**json.loads((folder / MANIFEST).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}; remove {folder} to use an older one") from error
+        raise CheckpointError(
+            f"{folder / MANIFEST} cannot be read: {error}; remove {folder} to use an older one"
+        ) from error
     for name, checksum in manifest.files.items():
         path = folder / name
         if not path.exists() or sha256(path) != checksum:

@@ -1,7 +1,7 @@
 """The run tree: every knob of Quartet, documented under its field (``quartet train --help`` prints it).
 
-Invariant: this module and all it imports load without torch, so a wrong setting is answered in a fraction of a
-second. Load order is in ``configfile.py``: defaults, then one YAML file, then ``a.b.c=value``.
+Invariant: this module and all it imports load without torch, so a wrong setting is answered in a fraction of
+a second. Load order is in ``configfile.py``: defaults, then one YAML file, then ``a.b.c=value``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import SerializeAsAny, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    model_validator,
+)
 
 from orchestrator import plugins
 from orchestrator.algorithms._base import AlgorithmConfig
@@ -22,7 +30,8 @@ RoleName = Literal["actor", "critic", "reward", "reference", "engine"]
 
 class Model(Settings):
     path: str = ""
-    """Hub id or local folder of the base model; or `task` to make a small one from scratch with the run's task."""
+    """Hub id or local folder of the base model; or `task` to make a small one from scratch with the run's
+    task."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) to pin."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -64,7 +73,8 @@ class PromptData(Settings):
     max_rows: PositiveInt | None = None
     """Use only the first rows."""
     too_long: Literal["error", "drop"] = "error"
-    """A prompt that leaves no room for max_new_tokens: refuse the run (naming the row), or drop and count it."""
+    """A prompt that leaves no room for max_new_tokens: refuse the run (naming the row), or drop and count
+    it."""
 
 
 class ChatData(Settings):
@@ -239,7 +249,8 @@ class SamplingConfig(Settings):
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the trainer scores at the same one."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling. Below 1 the engine's log-probs are those of the cut distribution: expect a mismatch."""
+    """Nucleus sampling. Below 1 the engine's log-probs are those of the cut distribution: expect a
+    mismatch."""
     max_new_tokens: PositiveInt = 256
     """Longest response in tokens."""
 
@@ -257,7 +268,8 @@ class Evaluation(Settings):
     prompts: PromptData = PromptData()
     """Held-out prompts; filled in by the task when the run has one."""
     function: str = "exact_match"
-    """Judge of the greedy responses, apart from the reward: a file in actors/rewards/ or package.module:name."""
+    """Judge of the greedy responses, apart from the reward: a file in actors/rewards/ or
+    package.module:name."""
     every: NonNegativeInt = 0
     """Steps between evaluations; 0: only before the first step and after the last."""
 
@@ -265,8 +277,8 @@ class Evaluation(Settings):
 class RL(Settings):
     """Reinforcement learning with a rollout engine."""
 
-    algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(lambda value: algorithm(value))] = Field(
-        default_factory=lambda: algorithm({"name": "ppo"})
+    algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(lambda value: algorithm(value))] = (
+        Field(default_factory=lambda: algorithm({"name": "ppo"}))
     )
     """`name` of a file in orchestrator/algorithms/ and its own settings."""
     prompts: PromptData = PromptData()
@@ -305,7 +317,8 @@ class Tracking(Settings):
 
 
 class Run(Settings):
-    """One run: the stages that are present happen in the order sft, reward_model, rl; each starts from the last."""
+    """One run: the stages that are present happen in the order sft, reward_model, rl; each starts from the
+    last."""
 
     name: str = "run"
     """Name of the run."""
@@ -374,7 +387,9 @@ def _check_share(placement: Placement, roles: RoleTable, engine: EngineConfig) -
             if role in seen:
                 raise ValueError(f"placement.share names {role!r} twice; a role lives in one place")
             seen.add(role)
-        on_gpu = {role: (engine.gpus if role == "engine" else getattr(roles, role).gpus) > 0 for role in group}
+        on_gpu = {
+            role: (engine.gpus if role == "engine" else getattr(roles, role).gpus) > 0 for role in group
+        }
         if len(set(on_gpu.values())) > 1:
             raise ValueError(
                 f"placement.share={list(group)} mixes roles on GPUs and on CPUs {on_gpu}; "

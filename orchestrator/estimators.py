@@ -1,8 +1,8 @@
 """Pure tensor functions that algorithms are made of: KL, advantages, whitening, masked means.
 
-Tensor methods only, no torch import, so that the configuration tree that holds the algorithms loads in a moment.
-``mask`` is always the action mask, [B, T] bool. A value under a False mask never reaches a result, whatever it is,
-NaN included (BUGS B1, C5).
+Tensor methods only, no torch import, so that the configuration tree that holds the algorithms loads in a
+moment. ``mask`` is always the action mask, [B, T] bool. A value under a False mask never reaches a result,
+whatever it is, NaN included (BUGS B1, C5).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: KLEstima
     """[B, T] estimate of KL(policy || reference) from one sample per position; 0 off the mask.
 
     With d = log p - log q (joschu.net/blog/kl-approx.html): k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
-    Not clamped: a clamp kills the gradient exactly where the drift is large (BUGS B13; OpenRLHF clamps to +-10).
+    Not clamped: a clamp kills the gradient exactly where the drift is large (BUGS B13; OpenRLHF clamps to
+    +-10).
     """
     d = (logprobs - ref_logprobs).where(mask, 0.0)
     if estimator == "k1":
@@ -35,7 +36,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """[B, T] shifted and scaled to mean 0, biased variance 1 over the mask of the whole batch; 0 off the mask.
+    """[B, T] shifted and scaled to mean 0, biased variance 1 over the mask of the whole batch; 0 off the
+    mask.
 
     The variance is the biased one, as in OpenRLHF; verl and SkyRL divide by n - 1. A constant input gives 0.
     """
@@ -56,12 +58,13 @@ def token_rewards(rewards: Tensor, token_penalty: Tensor, mask: Tensor) -> Tenso
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv:1506.02438 eq. 16) -> (advantages, returns), [B, T], 0 off the mask.
+    """Generalised advantage estimation (arXiv:1506.02438 eq. 16) -> (advantages, returns), [B, T], 0 off the
+    mask.
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns = A + V.
-    The step after an action is the next *action*: tokens that the policy did not choose, between two turns, are
-    skipped and not counted as steps (BUGS B2; OpenRLHF decays once for each of them). The value after the last
-    action is 0: a sequence is an episode, also one that was cut at max_new_tokens.
+    The step after an action is the next *action*: tokens that the policy did not choose, between two turns,
+    are skipped and not counted as steps (BUGS B2; OpenRLHF decays once for each of them). The value after the
+    last action is 0: a sequence is an episode, also one that was cut at max_new_tokens.
 
     lam = 1 is the Monte Carlo return minus the value, lam = 0 the one-step TD error.
     """
@@ -81,7 +84,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     return advantages, (advantages + values).where(mask, 0.0)
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, valid: Tensor, *, divide_by_std: bool, eps: float) -> Tensor:
+def group_advantages(
+    rewards: Tensor, groups: Tensor, valid: Tensor, *, divide_by_std: bool, eps: float
+) -> Tensor:
     """[B] reward minus the mean of its group, divided by the group's unbiased standard deviation if asked.
 
     GRPO, arXiv:2402.03300 section 4.1.2. ``valid`` [B] leaves sequences without action tokens out of the

@@ -1,7 +1,8 @@
 """Which prompt comes next, under which uid and seed, and which are settled: resumable, exactly once.
 
 A uid is "epoch/row/sample". Everything random about a sample derives from the run's seed and its uid, so the
-same run draws the same samples however many engines it has, in whatever order they finish, and after a resume.
+same run draws the same samples however many engines it has, in whatever order they finish, and after a
+resume.
 
 Prompts are handed out in one fixed order; a step settles the oldest of them. The ledger's whole state is
 therefore one number: how many prompts are settled. A prompt that was out but not settled when the run died is

@@ -1,8 +1,8 @@
 """The driver: prompts -> rollouts -> scores -> experience -> updates -> weights, once per step.
 
-Reads no file, opens no device, runs no model, imports no Ray: every role is a handle that answers an ``await``. See
-``roles.py`` for what each one promises. Generation of later prompts overlaps everything else as far as
-``rl.staleness`` allows (``stream.py``); within a step, all roles that can work at once do.
+Reads no file, opens no device, runs no model, imports no Ray: every role is a handle that answers an
+``await``. See ``roles.py`` for what each one promises. Generation of later prompts overlaps everything else
+as far as ``rl.staleness`` allows (``stream.py``); within a step, all roles that can work at once do.
 """
 
 import asyncio
@@ -30,11 +30,21 @@ class Observer(Protocol):
     """What happens around the steps: logs, checkpoints, evaluations. The loop does not know."""
 
     async def started(self, step: int) -> None: ...
-    async def stepped(self, step: int, groups: Sequence[Sequence[ScoredRollout]], batch: Batch, metrics: Metrics) -> None: ...
+    async def stepped(
+        self, step: int, groups: Sequence[Sequence[ScoredRollout]], batch: Batch, metrics: Metrics
+    ) -> None: ...
 
 
 async def train(
-    rl: RL, roles: Roles, ledger: Ledger, *, observer: Observer, probe: Probe, start: int, seed: int, pad_id: int
+    rl: RL,
+    roles: Roles,
+    ledger: Ledger,
+    *,
+    observer: Observer,
+    probe: Probe,
+    start: int,
+    seed: int,
+    pad_id: int,
 ) -> None:
     """Runs the steps ``start + 1`` to ``rl.steps``; the learners hold the weights of step ``start``."""
     step = start
@@ -79,10 +89,18 @@ async def score(roles: Roles, batch: Batch, rl: RL) -> dict[str, Tensor]:
 async def learn(roles: Roles, experience: Experience, rl: RL, *, seed: int) -> Metrics:
     """Every learner steps on the same minibatch at once; one call is one optimizer step."""
     history: list[Metrics] = []
-    for minibatch in minibatches(experience, rl.updates, constant_length=rl.sampling.max_new_tokens, seed=seed):
+    for minibatch in minibatches(
+        experience, rl.updates, constant_length=rl.sampling.max_new_tokens, seed=seed
+    ):
         learners = dict(roles.learners())
         answers = await asyncio.gather(*(learner.update(minibatch) for learner in learners.values()))
-        history.append({f"{role}/{k}": v for role, answer in zip(learners, answers, strict=True) for k, v in answer.items()})
+        history.append(
+            {
+                f"{role}/{k}": v
+                for role, answer in zip(learners, answers, strict=True)
+                for k, v in answer.items()
+            }
+        )
     return mean_metrics(history)
 
 

@@ -16,7 +16,9 @@ from orchestrator.config import Updates
 from orchestrator.settings import Aggregate
 
 
-def minibatches(experience: Experience, updates: Updates, *, constant_length: int, seed: int) -> Iterator[Minibatch]:
+def minibatches(
+    experience: Experience, updates: Updates, *, constant_length: int, seed: int
+) -> Iterator[Minibatch]:
     """``epochs`` passes in ``minibatches`` equal steps each, shuffled by ``seed``.
 
     Raises ValueError when the sequences do not divide evenly: a shorter last step would weigh its

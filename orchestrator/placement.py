@@ -1,8 +1,9 @@
-"""Which devices each role asks for, as data: the cluster is asked for exactly this, and a refusal is explained from it.
+"""Which devices each role asks for, as data: the cluster is asked for exactly this, and a refusal is
+explained from it.
 
-A *group* is a Ray placement group; a *bundle* is what one node must grant at once; a *seat* is one worker's share of a
-bundle. Every role has a group of its own unless ``placement.share`` puts several into one: then worker k of each lives
-in bundle k, and each takes an equal part of its GPU.
+A *group* is a Ray placement group; a *bundle* is what one node must grant at once; a *seat* is one worker's
+share of a bundle. Every role has a group of its own unless ``placement.share`` puts several into one: then
+worker k of each lives in bundle k, and each takes an equal part of its GPU.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,8 @@ class Need:
 
 
 def needs(run: Run, roles: Sequence[str]) -> dict[str, Need]:
-    """An engine's worker here is a whole replica: its tensor-parallel shards live in one bundle, on one node."""
+    """An engine's worker here is a whole replica: its tensor-parallel shards live in one bundle, on one
+    node."""
     table: dict[str, Need] = {}
     for role in roles:
         if role == "engine":
@@ -82,13 +84,16 @@ def layout(run: Run, roles: Sequence[str]) -> Layout:
         for role in members:
             need = table[role]
             share = {"CPU": need.cpus} | ({"GPU": need.gpus / len(members)} if need.gpus else {})
-            seats[role] = tuple(Seat(group=len(groups), bundle=k, resources=share) for k in range(need.workers))
+            seats[role] = tuple(
+                Seat(group=len(groups), bundle=k, resources=share) for k in range(need.workers)
+            )
         groups.append(tuple(bundles))
     return Layout(groups=tuple(groups), seats=seats)
 
 
 def shortage(run: Run, plan: Layout, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Why these nodes can never grant the layout, with the numbers to change; None when nothing says they cannot."""
+    """Why these nodes can never grant the layout, with the numbers to change; None when nothing says they
+    cannot."""
     asked = [bundle for group in plan.groups for bundle in group]
     for resource in ("GPU", "CPU"):
         total = sum(bundle.get(resource, 0.0) for bundle in asked)

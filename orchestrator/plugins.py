@@ -1,4 +1,5 @@
-"""The folder is the registry: ``algorithms/grpo.py`` is the algorithm "grpo". Nothing is registered anywhere else."""
+"""The folder is the registry: ``algorithms/grpo.py`` is the algorithm "grpo". Nothing is registered anywhere
+else."""
 
 import difflib
 import importlib
@@ -28,7 +29,9 @@ def load(spec: str) -> Any:
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{spec!r} cannot be loaded: {error}; expected package.module:name on PYTHONPATH") from error
+        raise ValueError(
+            f"{spec!r} cannot be loaded: {error}; expected package.module:name on PYTHONPATH"
+        ) from error
 
 
 def nearest(name: str, known: list[str]) -> str:

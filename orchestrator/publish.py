@@ -1,11 +1,12 @@
 """After every update the policy's weights go to every engine, and it is proved that they arrived.
 
-Three proofs, cheapest first. The version each engine worker reports is the one that was sent. The checksum of every
-tensor, as received, is the one the actor computed on the bytes it sent. And a fixed probe, read through the engine, has
-the actor's log-probs: a checksum cannot see a weight that arrived and was then not used, such as vLLM-CPU's packed copy
-of a tied ``lm_head`` (ENVIRONMENT's trap B; BUGS D1, D8).
+Three proofs, cheapest first. The version each engine worker reports is the one that was sent. The checksum of
+every tensor, as received, is the one the actor computed on the bytes it sent. And a fixed probe, read through
+the engine, has the actor's log-probs: a checksum cannot see a weight that arrived and was then not used, such
+as vLLM-CPU's packed copy of a tied ``lm_head`` (ENVIRONMENT's trap B; BUGS D1, D8).
 
-A run whose proof fails stops: everything sampled afterwards would come from another policy than the one in training.
+A run whose proof fails stops: everything sampled afterwards would come from another policy than the one in
+training.
 """
 
 import asyncio
@@ -28,16 +29,21 @@ class Probe:
 
     @staticmethod
     def tolerance_of(dtype: str) -> float:
-        """Measured: rounding is 4e-6 in float32 and 0.05 in bfloat16; an lm_head one step of 0.02 behind, 0.2."""
+        """Measured: rounding is 4e-6 in float32 and 0.05 in bfloat16; an lm_head one step of 0.02 behind,
+        0.2."""
         return {"float32": 1e-3, "bfloat16": 0.12}[dtype]
 
 
 async def publish(roles: Roles, version: int, probe: Probe) -> dict[str, float]:
     """Sends and proves; returns ``sync_mb`` and ``probe_diff`` for the log. Raises WeightSyncError."""
-    sent, received = await asyncio.gather(roles.actor.send_weights(version), roles.engine.receive_weights(version))
+    sent, received = await asyncio.gather(
+        roles.actor.send_weights(version), roles.engine.receive_weights(version)
+    )
     for receipt in received:
         check_receipt(sent, receipt)
-    mine, theirs = await asyncio.gather(roles.actor.logprobs(probe.tokens), roles.engine.logprobs(probe.tokens))
+    mine, theirs = await asyncio.gather(
+        roles.actor.logprobs(probe.tokens), roles.engine.logprobs(probe.tokens)
+    )
     diff = max(check_probe(mine, engine, probe, index) for index, engine in enumerate(theirs))
     return {"sync_mb": sent.num_bytes / 2**20, "probe_diff": diff}
 
@@ -51,7 +57,9 @@ def check_receipt(sent: WeightReceipt, received: WeightReceipt) -> None:
     missing = sorted(sent.checksums.keys() - received.checksums.keys())
     extra = sorted(received.checksums.keys() - sent.checksums.keys())
     if missing or extra:
-        raise WeightSyncError(f"{received.who} received other tensors than {sent.who} sent: missing {missing}, extra {extra}")
+        raise WeightSyncError(
+            f"{received.who} received other tensors than {sent.who} sent: missing {missing}, extra {extra}"
+        )
     wrong = [name for name, checksum in sent.checksums.items() if received.checksums[name] != checksum]
     if wrong:
         raise WeightSyncError(

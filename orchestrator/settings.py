@@ -1,4 +1,5 @@
-"""The base of every settings class: frozen, unknown keys refused, a docstring under each field is its help."""
+"""The base of every settings class: frozen, unknown keys refused, a docstring under each field is its
+help."""
 
 from typing import Literal
 
@@ -10,4 +11,6 @@ Aggregate = Literal["token_mean", "sequence_mean", "constant_length"]
 class Settings(BaseModel):
     """Never assigned after load; there is no second default anywhere."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )

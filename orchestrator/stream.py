@@ -5,10 +5,10 @@
     take()      the driver; waits for the oldest samplers
     release()   the driver, after a publish; frees the slots that the feeder waits for
 
-A prompt holds one slot from the moment it is sampled until the step that trained on it has been published. With
-``(staleness + 1) * prompts_per_step`` slots no group is ever more than ``staleness`` updates old, and
-``staleness = 0`` is exactly the synchronous algorithm. Groups leave in ledger order, not in order of completion:
-short answers get no head start into the batch.
+A prompt holds one slot from the moment it is sampled until the step that trained on it has been published.
+With ``(staleness + 1) * prompts_per_step`` slots no group is ever more than ``staleness`` updates old, and
+``staleness = 0`` is exactly the synchronous algorithm. Groups leave in ledger order, not in order of
+completion: short answers get no head start into the batch.
 """
 
 import asyncio
@@ -21,7 +21,8 @@ G = TypeVar("G")
 
 
 class RolloutStream(Generic[P, G]):
-    """Prompts in, scored groups out. A sampler that fails surfaces in the ``take`` that would return its group."""
+    """Prompts in, scored groups out. A sampler that fails surfaces in the ``take`` that would return its
+    group."""
 
     def __init__(self, prompts: Iterator[P], sample: Callable[[P], Awaitable[G]], *, slots: int) -> None:
         self._prompts, self._sample = prompts, sample
@@ -32,7 +33,9 @@ class RolloutStream(Generic[P, G]):
         self._feeder = asyncio.create_task(self._feed())
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._feeder.cancel()
         pending: list[asyncio.Future[G]] = []
         while not self._in_order.empty():

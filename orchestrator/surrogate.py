@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def clipped_surrogate(logprobs: Tensor, part: Experience, *, low: float, high: float, dual: float | None = None) -> Loss:
+def clipped_surrogate(
+    logprobs: Tensor, part: Experience, *, low: float, high: float, dual: float | None = None
+) -> Loss:
     """max(-r A, -clip(r, 1 - low, 1 + high) A), [B, T], 0 off the mask (arXiv:1707.06347 eq. 7).
 
-    r = exp(logprobs - old_logprobs). Where the experience has no old_logprobs, the update is the only one of its
-    step and the policy is its own predecessor: r is 1 and its gradient that of the log-prob.
-    ``dual`` > 1 caps the loss of a negative advantage at dual * -A (arXiv:1912.09729 eq. 5).
+    r = exp(logprobs - old_logprobs). Where the experience has no old_logprobs, the update is the only one of
+    its step and the policy is its own predecessor: r is 1 and its gradient that of the log-prob. ``dual`` > 1
+    caps the loss of a negative advantage at dual * -A (arXiv:1912.09729 eq. 5).
     """
     mask = part.action_mask
     old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
@@ -36,8 +38,11 @@ def clipped_surrogate(logprobs: Tensor, part: Experience, *, low: float, high: f
 
 
 def clipped_value_loss(values: Tensor, part: Experience, *, clip: float | None) -> Loss:
-    """max((V - R)^2, (V_clip - R)^2) / 2, [B, T], 0 off the mask, V_clip = V_old + clamp(V - V_old, +-clip)."""
-    assert part.returns is not None and part.old_values is not None, "a critic's experience has returns and values"
+    """max((V - R)^2, (V_clip - R)^2) / 2, [B, T], 0 off the mask, V_clip = V_old + clamp(V - V_old,
+    +-clip)."""
+    assert part.returns is not None and part.old_values is not None, (
+        "a critic's experience has returns and values"
+    )
     mask = part.action_mask
     values = values.where(mask, 0.0)
     returns, old = part.returns.where(mask, 0.0), part.old_values.where(mask, 0.0)

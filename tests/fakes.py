@@ -83,6 +83,5 @@ class FakeLearner(Alive):
         folder.mkdir(parents=True)
         (folder / "state").write_text(str(self.updates))
 
- 
     async def load(self, folder: Path):
         self.updates = int((folder / "state").read_text())

@@ -84,7 +84,9 @@ def test_before_the_first_inner_step_the_ratio_is_one(algorithm):
     batch = batch_of([1.0, 2.0, 3.0, 5.0], [0, 0, 1, 1], [5, 6, 4, 3])
     scores = scores_of(batch)
     experience, _ = algorithm.experience(batch, scores)
-    metrics = algorithm.policy_loss(PolicyOutput(logprobs=scores["actor"].clone(), entropy=None), experience).metrics
+    metrics = algorithm.policy_loss(
+        PolicyOutput(logprobs=scores["actor"].clone(), entropy=None), experience
+    ).metrics
     assert metrics["clip_fraction"].sum() == 0 and metrics["approx_kl"].abs().max() == 0
 
 
@@ -105,7 +107,9 @@ def test_a_clipped_token_has_no_gradient_and_an_unclipped_one_that_of_the_ratio(
 
 def test_dual_clip_bounds_the_loss_of_a_bad_action_with_an_exploded_ratio():
     part = experience_of([[-1.0, 1.0]], [[-6.0, -6.0]], [[T, T]])
-    loss = clipped_surrogate(torch.tensor([[-1.0, -1.0]], dtype=torch.float64), part, low=0.2, high=0.2, dual=3.0)
+    loss = clipped_surrogate(
+        torch.tensor([[-1.0, -1.0]], dtype=torch.float64), part, low=0.2, high=0.2, dual=3.0
+    )
     assert loss.values[0].tolist() == pytest.approx([3.0, -1.2])
 
 
@@ -176,5 +180,7 @@ def test_minibatches_cover_every_row_once_per_epoch_and_refuse_a_remainder():
     assert [len(part.rows) for part in parts] == [2] * 8
     for epoch in (parts[:4], parts[4:]):
         assert sorted(torch.cat([part.rows for part in epoch]).tolist()) == list(range(8))
-    with pytest.raises(ValueError, match="8 sequences do not split into 3 equal minibatches; pick a divisor of 8"):
+    with pytest.raises(
+        ValueError, match="8 sequences do not split into 3 equal minibatches; pick a divisor of 8"
+    ):
         list(minibatches(experience, Updates(minibatches=3), constant_length=1, seed=0))

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from actors import backend, model
 from actors.actor import Actor
 from actors.backend import _learning_rate
 from orchestrator.batch import Examples, Loss, Minibatch, PolicyOutput
 from orchestrator.config import Model, Optimizer
 from tests import tiny
-from tests.ranks import Ranks
+from tests.ranks import Place, Ranks, alone
 
 LENGTHS = [9, 4, 7, 3, 8, 5]
 POISON = 16  # a last token that makes the loss infinite
@@ -65,16 +66,18 @@ def minibatch(width: int = max(LENGTHS), *, poison: bool = False) -> Minibatch:
     return Minibatch(records=examples, rows=torch.arange(len(LENGTHS)), weights=trained / trained.sum())
 
 
-def actor(
-    rank: int, world_size: int, folder: Path, dtype: str, port: int, optimizer: dict, *, steps: int = 10
-) -> Actor:
+def actor(place: Place, folder: Path, dtype: str, optimizer: dict, *, save_memory: bool = False) -> Actor:
+    """On two ranks with buckets and shards that a tiny model fills several times over."""
+    if place.world_size > 1:
+        backend.GATHER_ELEMENTS, backend.REDUCE_ELEMENTS, backend.PERSISTENT_ELEMENTS = 600, 300, 0
+        model.LOGITS_PER_BLOCK = tiny.VOCAB * 4 if save_memory else 2**25
     worker = Actor(
-        model=Model(path=str(folder), dtype=dtype),
+        model=Model(path=str(folder), dtype=dtype, gradient_checkpointing=save_memory),
         optimizer=Optimizer(**optimizer),
-        total_steps=steps,
+        total_steps=10,
         loss=nll,
     )
-    worker.setup(rank, world_size, "127.0.0.1", port, threads=1, seed=0, timeout_s=60)
+    worker.setup(place.rank, place.world_size, "127.0.0.1", place.port, threads=1, seed=0, timeout_s=60)
     return worker
 
 
@@ -83,24 +86,23 @@ def whole_weights(worker: Actor) -> dict[str, Tensor]:
 
 
 def step_once(
-    rank: int, world_size: int, folder: Path, dtype: str, port: int, stage: int, plan: list, width: int
+    place: Place, folder: Path, stage: int, plan: list, width: int, save_memory: bool = False
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    worker = actor(rank, world_size, folder, dtype, port, PLAIN_STEP | {"zero_stage": stage})
-    figures = worker.update(minibatch(width), plan[rank])
+    worker = actor(place, folder, "float32", PLAIN_STEP | {"zero_stage": stage}, save_memory=save_memory)
+    figures = worker.update(minibatch(width), plan[place.rank])
     return figures, whole_weights(worker)
 
 
 def one_float64_step(folder: Path) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, gradient norm and weights after the step, by plain Transformers and the formula of AdamW's first
-    step."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    """Loss, gradient norm and weights after the step: plain Transformers, and AdamW's formula at step one."""
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     whole = minibatch()
     examples = whole.records
-    logits = model(input_ids=examples.tokens, attention_mask=examples.attention_mask.long()).logits[:, :-1]
+    logits = plain(input_ids=examples.tokens, attention_mask=examples.attention_mask.long()).logits[:, :-1]
     logprobs = logits.log_softmax(-1).gather(-1, examples.tokens[:, 1:, None]).squeeze(-1)
     loss = -(logprobs * whole.weights[:, 1:].double()).sum()
     loss.backward()
-    named = dict(model.named_parameters())
+    named = dict(plain.named_parameters())
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in named.values()))
     after = {n: (p - 1e4 * p.grad / (p.grad.abs() + 1e4)).detach().float() for n, p in named.items()}
     return loss.item(), norm, after
@@ -118,7 +120,7 @@ def one_float64_step(folder: Path) -> tuple[float, float, dict[str, Tensor]]:
 def test_one_step_does_not_depend_on_micro_batches_or_padding(folder: Path, plan: list, width: int) -> None:
     """BUGS C1."""
     loss, norm, after = one_float64_step(folder)
-    figures, weights = step_once(0, 1, folder, "float32", 29611, 0, [plan], width)
+    figures, weights = step_once(alone(), folder, 0, [plan], width)
     assert figures["loss"] == pytest.approx(loss, rel=1e-5)
     assert figures["nll"] == pytest.approx(loss, rel=1e-5)
     assert figures["grad_norm"] == pytest.approx(norm, rel=1e-5)
@@ -128,12 +130,13 @@ def test_one_step_does_not_depend_on_micro_batches_or_padding(folder: Path, plan
         torch.testing.assert_close(tensor, after[name], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("save_memory", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_step_like_one(two_ranks: Ranks, folder: Path, stage: int) -> None:
+def test_two_ranks_step_like_one(two_ranks: Ranks, folder: Path, stage: int, save_memory: bool) -> None:
     """BUGS C4: rank 1 has 4 of the 24 tokens and one micro-batch without rows."""
     loss, norm, after = one_float64_step(folder)
     plan = [[[0], [2, 4], [1]], [[3], [], [5]]]
-    for figures, weights in two_ranks(step_once, folder, "float32", 29612, stage, plan, 11):
+    for figures, weights in two_ranks(step_once, folder, stage, plan, 11, save_memory):
         assert figures["loss"] == pytest.approx(loss, rel=1e-5)
         assert figures["grad_norm"] == pytest.approx(norm, rel=1e-5)
         assert figures["num_tokens"] == sum(LENGTHS) - 2 * len(LENGTHS)
@@ -141,9 +144,9 @@ def test_two_ranks_step_like_one(two_ranks: Ranks, folder: Path, stage: int) -> 
             torch.testing.assert_close(tensor, after[name], atol=1e-5, rtol=1e-5)
 
 
-def norm_of_repeats(rank: int, world_size: int, folder: Path, port: int, stage: int, repeats: int) -> float:
+def norm_of_repeats(place: Place, folder: Path, stage: int, repeats: int) -> float:
     """The same row, whole weight each time, in ``repeats`` micro-batches on every rank."""
-    worker = actor(rank, world_size, folder, "bfloat16", port, PLAIN_STEP | {"zero_stage": stage})
+    worker = actor(place, folder, "bfloat16", PLAIN_STEP | {"zero_stage": stage})
     return worker.update(minibatch(), [[0]] * repeats)["grad_norm"]
 
 
@@ -151,9 +154,9 @@ def norm_of_repeats(rank: int, world_size: int, folder: Path, port: int, stage: 
 def test_bfloat16_gradients_are_summed_in_float32(two_ranks: Ranks, folder: Path, stage: int) -> None:
     """Sums of n equal bfloat16 gradients: n times one of them, which bfloat16 sums would round (by 1e-3 and
     more)."""
-    one = norm_of_repeats(0, 1, folder, 29611, stage, 1)
-    assert norm_of_repeats(0, 1, folder, 29611, stage, 7) == pytest.approx(7 * one, rel=1e-6)
-    assert two_ranks(norm_of_repeats, folder, 29612, stage, 7) == pytest.approx([14 * one] * 2, rel=1e-6)
+    one = norm_of_repeats(alone(), folder, stage, 1)
+    assert norm_of_repeats(alone(), folder, stage, 7) == pytest.approx(7 * one, rel=1e-6)
+    assert two_ranks(norm_of_repeats, folder, stage, 7) == pytest.approx([14 * one] * 2, rel=1e-6)
 
 
 SCHEDULED = {
@@ -165,17 +168,15 @@ SCHEDULED = {
 }
 
 
-def resume(
-    rank: int, world_size: int, folder: Path, dtype: str, port: int, stage: int, save_to: Path
-) -> bool:
+def resume(place: Place, folder: Path, dtype: str, stage: int, save_to: Path) -> bool:
     """Three steps, save, two more; against a fresh worker that loads and takes the two."""
-    plan = [[0, 2], [4]] if rank == 0 else [[1, 3], [5]]
-    first = actor(rank, world_size, folder, dtype, port, SCHEDULED | {"zero_stage": stage})
+    plan = [[0, 2], [4]] if place.rank == 0 else [[1, 3], [5]]
+    first = actor(place, folder, dtype, SCHEDULED | {"zero_stage": stage})
     for _ in range(3):
         first.update(minibatch(), plan)
     first.save(save_to)
     expected = [first.update(minibatch(), plan) for _ in range(2)]
-    second = actor(rank, world_size, folder, dtype, port, SCHEDULED | {"zero_stage": stage})
+    second = actor(place, folder, dtype, SCHEDULED | {"zero_stage": stage})
     second.load(save_to)
     same_figures = [second.update(minibatch(), plan) for _ in range(2)] == expected
     weights = whole_weights(first)
@@ -184,7 +185,7 @@ def resume(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_resumes_bit_for_bit(folder: Path, dtype: str, tmp_path: Path) -> None:
-    assert resume(0, 1, folder, dtype, 29611, 0, tmp_path)
+    assert resume(alone(), folder, dtype, 0, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -193,20 +194,18 @@ def test_training_resumes_bit_for_bit(folder: Path, dtype: str, tmp_path: Path) 
 def test_training_resumes_bit_for_bit_on_two_ranks(
     two_ranks: Ranks, folder: Path, dtype: str, stage: int, tmp_path: Path
 ) -> None:
-    assert two_ranks(resume, folder, dtype, 29612, stage, tmp_path) == [True, True]
+    assert two_ranks(resume, folder, dtype, stage, tmp_path) == [True, True]
 
 
 def test_a_folder_without_state_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no training state"):
-        actor(0, 1, folder, "float32", 29611, SCHEDULED).load(tmp_path)
+        actor(alone(), folder, "float32", SCHEDULED).load(tmp_path)
 
 
-def survive(
-    rank: int, world_size: int, folder: Path, dtype: str, port: int, stage: int
-) -> tuple[float, bool, bool]:
+def survive(place: Place, folder: Path, dtype: str, stage: int) -> tuple[float, bool, bool]:
     """skipped_steps of a poisoned step; whether it left the weights alone; whether the next one trains."""
-    worker = actor(rank, world_size, folder, dtype, port, {"learning_rate": 1e-2, "zero_stage": stage})
-    plan = [[0, 2], [4]] if rank == 0 else [[1, 3], [5]]
+    worker = actor(place, folder, dtype, {"learning_rate": 1e-2, "zero_stage": stage})
+    plan = [[0, 2], [4]] if place.rank == 0 else [[1, 3], [5]]
     before = whole_weights(worker)
     skipped = worker.update(minibatch(poison=True), plan)["skipped_steps"]
     untouched = all(torch.equal(before[n], t) for n, t in whole_weights(worker).items())
@@ -219,7 +218,7 @@ def survive(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gradient_that_is_not_finite_skips_one_step(folder: Path, dtype: str) -> None:
-    assert survive(0, 1, folder, dtype, 29611, 0) == (1.0, True, True)
+    assert survive(alone(), folder, dtype, 0) == (1.0, True, True)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +228,7 @@ def test_a_gradient_that_is_not_finite_skips_one_step(folder: Path, dtype: str) 
 def test_a_gradient_that_is_not_finite_skips_one_step_on_all_ranks(
     two_ranks: Ranks, folder: Path, dtype: str, stage: int
 ) -> None:
-    assert two_ranks(survive, folder, dtype, 29612, stage) == [(1.0, True, True)] * 2
+    assert two_ranks(survive, folder, dtype, stage) == [(1.0, True, True)] * 2
 
 
 def test_small_learning_rates_move_bfloat16_weights_as_far_as_float32(tmp_path: Path) -> None:
@@ -240,7 +239,7 @@ def test_small_learning_rates_move_bfloat16_weights_as_far_as_float32(tmp_path: 
     before = {name: tensor.detach() for name, tensor in base.named_parameters()}
 
     def moved(dtype: str) -> float:
-        worker = actor(0, 1, tmp_path, dtype, 29611, {"learning_rate": 1e-6, "zero_stage": 2})
+        worker = actor(alone(), tmp_path, dtype, {"learning_rate": 1e-6, "zero_stage": 2})
         for _ in range(50):
             worker.update(minibatch(), [[0, 1, 2, 3, 4, 5]])
         after = whole_weights(worker)
@@ -252,15 +251,15 @@ def test_small_learning_rates_move_bfloat16_weights_as_far_as_float32(tmp_path: 
     assert moved("bfloat16") == pytest.approx(in_float32, abs=0.01)
 
 
-def export(rank: int, world_size: int, folder: Path, port: int, stage: int, to: Path) -> dict[str, Tensor]:
-    worker = actor(rank, world_size, folder, "float32", port, PLAIN_STEP | {"zero_stage": stage})
-    worker.update(minibatch(), [[0, 1, 2], [3, 4, 5]][rank : rank + 1])
+def export(place: Place, folder: Path, stage: int, to: Path) -> dict[str, Tensor]:
+    worker = actor(place, folder, "float32", PLAIN_STEP | {"zero_stage": stage})
+    worker.update(minibatch(), [[[0, 1, 2]], [[3, 4, 5]]][place.rank])
     worker.export(to)
     return whole_weights(worker)
 
 
 def test_sharded_weights_export_whole(two_ranks: Ranks, folder: Path, tmp_path: Path) -> None:
-    weights = two_ranks(export, folder, 29612, 3, tmp_path)[1]
+    weights = two_ranks(export, folder, 3, tmp_path)[1]
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, tensor in reloaded.named_parameters():
         assert torch.equal(tensor, weights[name])
@@ -280,7 +279,7 @@ def test_learning_rate_schedules() -> None:
 def test_weight_decay_spares_vectors(folder: Path) -> None:
     """A step at gradient 0 (no row has weight) multiplies matrices by 1 - 0.1 * 0.5 and leaves norms
     alone."""
-    worker = actor(0, 1, folder, "float32", 29611, {"learning_rate": 0.1, "weight_decay": 0.5})
+    worker = actor(alone(), folder, "float32", {"learning_rate": 0.1, "weight_decay": 0.5})
     before = whole_weights(worker)
     worker.update(minibatch(), [[]])
     for name, tensor in whole_weights(worker).items():

@@ -15,7 +15,13 @@ from tests.fakes import FakeLearner, prompt
 
 
 def test_seeds_differ_between_neighbours_runs_and_epochs():
-    seeds = {sample_seed(run, f"{epoch}/{row}/{k}") for run in (0, 1) for epoch in (0, 1) for row in range(50) for k in range(4)}
+    seeds = {
+        sample_seed(run, f"{epoch}/{row}/{k}")
+        for run in (0, 1)
+        for epoch in (0, 1)
+        for row in range(50)
+        for k in range(4)
+    }
     assert len(seeds) == 2 * 2 * 50 * 4 and all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -83,13 +89,23 @@ def test_each_role_scales_by_its_own_number():
     run = ppo_run("roles.actor.gpus=8", "roles.critic.gpus=4", "roles.reward.gpus=2", "roles.reference.gpus=1",
                   "engine.replicas=2", "engine.tensor_parallel=4", "engine.gpus=8")  # fmt: skip
     plan_ = layout(run, ROLES)
-    assert {role: len(seats) for role, seats in plan_.seats.items()} == {"actor": 8, "critic": 4, "reward": 2, "reference": 1, "engine": 2}
+    assert {role: len(seats) for role, seats in plan_.seats.items()} == {
+        "actor": 8,
+        "critic": 4,
+        "reward": 2,
+        "reference": 1,
+        "engine": 2,
+    }
     assert plan_.seats["engine"][0].resources["GPU"] == 4
     assert sum(bundle["GPU"] for group in plan_.groups for bundle in group) == 8 + 4 + 2 + 1 + 8
 
 
 def test_roles_that_share_take_equal_parts_of_one_gpu():
-    run = ppo_run("placement.share=[[actor,reference]]", *(f"roles.{role}.gpus=2" for role in ROLES[:4]), "engine.gpus=1")
+    run = ppo_run(
+        "placement.share=[[actor,reference]]",
+        *(f"roles.{role}.gpus=2" for role in ROLES[:4]),
+        "engine.gpus=1",
+    )
     plan_ = layout(run, ROLES)
     actor, reference = plan_.seats["actor"], plan_.seats["reference"]
     assert [(seat.group, seat.bundle) for seat in actor] == [(seat.group, seat.bundle) for seat in reference]

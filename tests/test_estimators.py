@@ -24,7 +24,9 @@ def gae_by_definition(rewards, values, gamma, lam):
     deltas = [
         r + gamma * (values[i + 1] if i + 1 < len(values) else 0.0) - values[i] for i, r in enumerate(rewards)
     ]
-    return [sum((gamma * lam) ** (k - i) * deltas[k] for k in range(i, len(deltas))) for i in range(len(deltas))]
+    return [
+        sum((gamma * lam) ** (k - i) * deltas[k] for k in range(i, len(deltas))) for i in range(len(deltas))
+    ]
 
 
 def test_gae_by_hand():
@@ -46,7 +48,10 @@ def test_environment_tokens_between_turns_are_not_steps():
     values, rewards = [0.3, -0.1, 0.6, 0.2], [0.1, 0.0, -0.2, 1.0]
     expected = gae_by_definition(rewards, values, 0.9, 0.7)
     m = mask([[F, T, T, F, F, T, F, T]])
-    wide_values, wide_rewards = torch.full((1, 8), 100.0, dtype=torch.float64), torch.full((1, 8), 50.0, dtype=torch.float64)
+    wide_values, wide_rewards = (
+        torch.full((1, 8), 100.0, dtype=torch.float64),
+        torch.full((1, 8), 50.0, dtype=torch.float64),
+    )
     wide_values[m], wide_rewards[m] = t(values), t(rewards)
     advantages, returns = gae(wide_rewards, wide_values, m, gamma=0.9, lam=0.7)
     assert advantages[m].tolist() == pytest.approx(expected)

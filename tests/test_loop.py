@@ -29,7 +29,12 @@ class Recorder:
 
 
 def settings(**changes) -> RL:
-    fields = {"steps": 20, "prompts_per_step": 4, "samples_per_prompt": 2, "algorithm": {"name": "ppo", "kl_coef": 0.1}}
+    fields = {
+        "steps": 20,
+        "prompts_per_step": 4,
+        "samples_per_prompt": 2,
+        "algorithm": {"name": "ppo", "kl_coef": 0.1},
+    }
     return RL(**(fields | {"updates": {"epochs": 2, "minibatches": 2}} | changes))
 
 

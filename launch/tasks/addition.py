@@ -27,7 +27,7 @@ from orchestrator.config import ChatData, PromptData, Task
 Problem = tuple[int, int]  # (437, 8)
 
 FIRST, SECOND = range(100, 1000), range(1, 10)
-MISTAKES = {"carry": 45, "last digit": 30, "other digit": 15, "length": 10}  # relative frequency
+MISTAKES = {"carry": 40, "wrong way": 15, "last digit": 20, "other digit": 15, "length": 10}  # odds
 PAIRS_PER_PROBLEM = 3
 MAX_POSITIONS = 64
 SPECIAL = ("<pad>", "<eos>", "<unk>")  # padding is not EOS: a batch shows where a response ended
@@ -82,15 +82,17 @@ def forgotten_carry(problem: Problem) -> str:
 
 
 def mistake(problem: Problem, chance: random.Random) -> str:
-    """A plausible wrong answer: off by one carry, one digit replaced, or a digit too few or too many.
+    """A plausible wrong answer: a carry forgotten or invented, one digit replaced, a digit too few or many.
 
     The forgotten carry is what the SFT policy gets wrong. The others must be there too: a reward model that
-    has only seen forgotten carries scores a wrong last digit as high as the right one, and PPO finds out.
+    has only seen it prefers the higher answer wherever there is a carry, and PPO finds out.
     """
     right = answer(problem)
     kind = chance.choices(tuple(MISTAKES), tuple(MISTAKES.values()))[0]
     if kind == "carry":
-        return str(sum(problem) + chance.choice((-10, 10)))
+        return str(sum(problem) - 10 if has_carry(problem) else sum(problem) + 10)
+    if kind == "wrong way":
+        return str(sum(problem) + 10 if has_carry(problem) else sum(problem) - 10)
     if kind == "length":
         return chance.choice((right[:-1], right[1:], right + str(chance.randrange(10))))
     at = len(right) - 1 if kind == "last digit" else chance.randrange(len(right) - 1)

@@ -26,7 +26,8 @@ class AlgorithmConfig(Settings):
         """Those of "critic" and "reference" that this algorithm, as configured, needs."""
 
     def wants_scores(self, num_updates: int) -> bool:
-        """Whether ``experience`` reads the actor's log-probs before the step, given the step's optimizer steps."""
+        """Whether ``experience`` reads the actor's log-probs before the step, given the step's optimizer
+        steps."""
         return True
 
     @property

@@ -1,8 +1,9 @@
-"""Group-relative policy optimisation (arXiv:2402.03300 section 4.1): siblings of a prompt are each other's baseline.
+"""Group-relative policy optimisation (arXiv:2402.03300 section 4.1): siblings of a prompt are each other's
+baseline.
 
-No critic. The KL to the reference is a term of the loss (k3), not of the reward. Deviations that others make and
-this file does not: the standard deviation is the unbiased one, as in every peer; a group without signal gets exactly
-0; ``rl.updates.aggregate`` decides the token weights (the paper's is sequence_mean).
+No critic. The KL to the reference is a term of the loss (k3), not of the reward. Deviations that others make
+and this file does not: the standard deviation is the unbiased one, as in every peer; a group without signal
+gets exactly 0; ``rl.updates.aggregate`` decides the token weights (the paper's is sequence_mean).
 """
 
 from __future__ import annotations
@@ -77,8 +78,12 @@ class GRPO(AlgorithmConfig):
 def _flat_groups(batch: Batch) -> float:
     """The share of groups whose rewards are all equal: they teach nothing."""
     num_groups = int(batch.groups.max()) + 1
-    low = batch.rewards.new_full((num_groups,), float("inf")).scatter_reduce(0, batch.groups, batch.rewards, "amin")
-    high = batch.rewards.new_full((num_groups,), -float("inf")).scatter_reduce(0, batch.groups, batch.rewards, "amax")
+    low = batch.rewards.new_full((num_groups,), float("inf")).scatter_reduce(
+        0, batch.groups, batch.rewards, "amin"
+    )
+    high = batch.rewards.new_full((num_groups,), -float("inf")).scatter_reduce(
+        0, batch.groups, batch.rewards, "amax"
+    )
     return float((low == high).float().mean())
 
 

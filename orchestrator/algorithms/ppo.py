@@ -1,11 +1,13 @@
-"""Proximal policy optimisation with a critic (arXiv:1707.06347), as used on language models (arXiv:2203.02155).
+"""Proximal policy optimisation with a critic (arXiv:1707.06347), as used on language models
+(arXiv:2203.02155).
 
-Rewards per token: the sequence's reward on its last action, minus kl_coef times the KL to the reference on every
-action. Advantages by GAE, whitened over the action tokens of the whole batch; the policy is clipped around the
-policy before the step, the value around the value before the step.
+Rewards per token: the sequence's reward on its last action, minus kl_coef times the KL to the reference on
+every action. Advantages by GAE, whitened over the action tokens of the whole batch; the policy is clipped
+around the policy before the step, the value around the value before the step.
 
-With kl_coef 0 the reference is never started. Semantics follow OpenRLHF except where it is wrong: tokens between
-turns are not counted as steps, KL is not clamped, log-ratios are not clamped, masked values never enter.
+With kl_coef 0 the reference is never started. Semantics follow OpenRLHF except where it is wrong: tokens
+between turns are not counted as steps, KL is not clamped, log-ratios are not clamped, masked values never
+enter.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class PPO(AlgorithmConfig):
     clip_high: PositiveFloat = 0.2
     """The ratio counts up to 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Bound on the loss of a bad action whose ratio exploded, as a multiple of its advantage (arXiv:1912.09729)."""
+    """Bound on the loss of a bad action whose ratio exploded, as a multiple of its advantage
+    (arXiv:1912.09729)."""
     value_clip: PositiveFloat | None = 0.2
     """A new value counts within this distance of the old one; null: no clipping."""
     gamma: UnitInterval = 1.0
@@ -66,7 +69,11 @@ class PPO(AlgorithmConfig):
     def experience(self, batch: Batch, scores: dict[str, Tensor]) -> tuple[Experience, dict[str, float]]:
         mask, values = batch.action_mask, scores["critic"]
         metrics: dict[str, float] = {}
-        rewards = batch.rewards if self.reward_clip is None else batch.rewards.clamp(-self.reward_clip, self.reward_clip)
+        rewards = (
+            batch.rewards
+            if self.reward_clip is None
+            else batch.rewards.clamp(-self.reward_clip, self.reward_clip)
+        )
         penalty = values.new_zeros(values.shape)
         if self.kl_coef > 0:
             drift = kl(scores["actor"], scores["reference"], mask, self.kl_estimator)
@@ -90,7 +97,9 @@ class PPO(AlgorithmConfig):
         return experience, metrics
 
     def policy_loss(self, policy: PolicyOutput, part: Experience) -> Loss:
-        loss = clipped_surrogate(policy.logprobs, part, low=self.clip_low, high=self.clip_high, dual=self.dual_clip)
+        loss = clipped_surrogate(
+            policy.logprobs, part, low=self.clip_low, high=self.clip_high, dual=self.dual_clip
+        )
         if policy.entropy is None:
             return loss
         bonus = (self.entropy_coef or 0.0) * policy.entropy

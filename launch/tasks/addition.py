@@ -8,8 +8,8 @@ with the sum, never the reward model.
     prompt "437+8="    right "445"    carry forgotten "435"    pair ("445", a mistake)    label "445"
 
 Only a problem with a carry (half of all) can be demonstrated wrongly. When most of them are, the likeliest
-answer to each of them is wrong, so greedy accuracy after SFT is about 50 % whatever the seed. Why not two
-two-digit numbers: a reward model this small does not learn to check their sums within a minute.
+answer to each of them is wrong: greedy accuracy after SFT is 50 to 55 %. Why not two two-digit numbers: a
+reward model this small does not learn to check their sums within a minute.
 """
 
 import json

@@ -1,15 +1,14 @@
-"""The rollout engine: vLLM in this process's children, token-in token-out, with the actor's weights behind
-it.
+"""The rollout engine: vLLM in child processes, token-in token-out, with the actor's weights behind it.
 
 One ``EngineWorker`` is one replica. It never speaks text to vLLM: prompts go in as token ids, responses come
 out as token ids with the log-probs the sampler drew from, and each rollout names the oldest weights that
 produced one of its tokens.
 
-Who waits for whom: ``generate`` calls run side by side; ``receive_weights`` freezes them where they stand
-(vLLM's pause "keep"), waits for the sender, and lets them go on. Between start and finish of an update the
-model lies on ``meta``, so a step in between would kill the engine. The frozen requests are prefilled again:
-their old keys and values came from the old weights. When an update fails the engine holds half a model: it
-stays frozen, and every later call says why.
+Who waits for whom: ``generate`` calls run side by side; ``receive_weights`` keeps new ones waiting, freezes
+those under way where they stand (vLLM's pause "keep"), waits for the sender, and lets them go on. The update
+is one call, between two steps of the engine: a step inside it would meet a model that lies on ``meta``. The
+frozen requests are prefilled again: their old keys and values came from the old weights. When an update fails
+the engine holds half a model, and every later call says why.
 """
 
 import asyncio
@@ -37,8 +36,7 @@ _CPU_KV_CACHE_MB = 256
 
 
 def environment(config: EngineConfig, device: Device) -> dict[str, str]:
-    """Variables that vLLM and its children read while they are imported; also for Ray's runtime
-    environment."""
+    """Variables that vLLM and its children read while they are imported; also for Ray's runtime environment."""
     quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     if device == "cuda":
         return quiet
@@ -51,10 +49,15 @@ def environment(config: EngineConfig, device: Device) -> dict[str, str]:
             "OMP_NUM_THREADS": str(config.threads),
             "OMP_WAIT_POLICY": "passive",  # threads that spin on busy cores cost a factor of 30
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "TORCH_COMPILE_DISABLE": "1",  # else the first generate compiles for 10 s
             "TOKENIZERS_PARALLELISM": "false",
         }
+        | ({"TORCH_COMPILE_DISABLE": "1"} if is_eager(config, device) else {})
     )
+
+
+def is_eager(config: EngineConfig, device: Device) -> bool:
+    """Compiling pays in long runs only on CPUs, where it takes a minute and halves the time of a step."""
+    return device == "cpu" if config.eager is None else config.eager
 
 
 class EngineWorker:
@@ -77,7 +80,11 @@ class EngineWorker:
         self._max_length, self._index, self._device, self._transport = max_length, index, device, transport
         self._version = 0  # weights of the model folder
         self._failure: str | None = None  # why this engine holds no usable weights
+        self._eager = is_eager(config, device)
         self._num_probes = 0
+        self._num_running = 0  # requests that vLLM has and has not answered
+        self._open = asyncio.Event()  # cleared during an update
+        self._open.set()
 
     async def start(self) -> None:
         """Loads the model. Blocks this process's event loop for some 8 s and more."""
@@ -104,7 +111,7 @@ class EngineWorker:
             kv_cache_memory_bytes=kv_cache_mb and kv_cache_mb << 20,
             gpu_memory_utilization=config.gpu_memory_fraction,
             max_num_seqs=config.max_num_seqs,
-            enforce_eager=on_cpu or config.eager,
+            enforce_eager=self._eager,
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",  # those of the distribution that was drawn from
             skip_tokenizer_init=True,
@@ -138,6 +145,7 @@ class EngineWorker:
         return [task.result() for task in tasks]
 
     async def _sample(self, prompt: Prompt, sample: int, sampling: Sampling, seed: int) -> Rollout:
+        await self._admitted()
         uid, version = f"{prompt.uid}/{sample}", self._version
         output = await self._request(
             prompt.tokens,
@@ -173,7 +181,7 @@ class EngineWorker:
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
         """log p(tokens[t] | tokens[:t]) for t = 1, 2, ... at temperature 1, through the engine's own
         lm_head."""
-        self._refuse_if_broken()
+        await self._admitted()
         self._num_probes += 1
         output = await self._request(
             tokens, f"probe/{self._num_probes}", temperature=0, max_tokens=1, prompt_logprobs=0
@@ -183,9 +191,13 @@ class EngineWorker:
 
     async def _request(self, tokens: Sequence[int], uid: str, **sampling: Any) -> "RequestOutput":
         stream = self._llm.generate({"prompt_token_ids": list(tokens)}, _final_only(**sampling), uid)
-        async with aclosing(stream) as outputs:
-            async for output in outputs:
-                return output
+        self._num_running += 1
+        try:
+            async with aclosing(stream) as outputs:
+                async for output in outputs:
+                    return output
+        finally:
+            self._num_running -= 1
         raise RuntimeError(f"engine {self._index} gave no answer to request {uid}")
 
     async def join_weights(self, address: Address, rank_offset: int) -> None:
@@ -199,28 +211,43 @@ class EngineWorker:
         """Returns when the new weights are in force and nothing of the old ones is cached."""
         self._refuse_if_broken()
         self._failure = f"update to version {version} has not finished"
+        self._open.clear()
         try:
             receipts = await self._update(version)
         except Exception as error:
             self._failure = f"update to version {version} failed: {error}"
             raise
+        finally:
+            self._open.set()  # who waited now learns of a failure
         self._version, self._failure = version, None
-        await self._llm.resume_generation()
+        who = f"engine {self._index} worker"
         return [
-            WeightReceipt(who=f"engine {self._index} worker {receipt.pop('worker')}", **receipt)
-            for receipt in receipts
+            WeightReceipt(
+                version=r["version"],
+                checksums=r["checksums"],
+                who=f"{who} {r['worker']}",
+                num_bytes=r["num_bytes"],
+            )
+            for r in receipts
         ]
 
     async def _update(self, version: int) -> list[dict[str, Any]]:
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # noqa: PLC0415
-
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
-        await self._llm.start_weight_update()
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"version": version}))
-        await self._llm.finish_weight_update(weight_version=str(version))
+        """One call does the whole update between two steps of the engine; nothing new is admitted meanwhile."""
+        in_flight = self._num_running > 0
+        if in_flight:  # the pause costs 20 ms, and without requests there is nothing to freeze
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+        receipts = await self._llm.collective_rpc("apply_weight_update", args=(version,))
+        await self._llm.update_weight_version(str(version))
         if not await self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM kept its prefix cache: keys and values of old weights would be reused")
-        return await self._llm.collective_rpc("weight_receipt")
+        if in_flight:
+            await self._llm.resume_generation()
+        return receipts
+
+    async def _admitted(self) -> None:
+        """Returns when no update is under way; raises when the last one failed."""
+        await self._open.wait()
+        self._refuse_if_broken()
 
     def _refuse_if_broken(self) -> None:
         if self._failure is not None:

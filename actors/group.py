@@ -225,18 +225,43 @@ class PairLearnerGroup(LearnerGroup):
 
 
 class RewardGroup(WorkerGroup):
-    """Scores finished groups of rollouts, each on the worker with the fewest waiting."""
+    """Scores finished groups of rollouts. What waits while a worker is busy goes to it in one call.
+
+    score()    one per finished group: queues it, waits for its rewards
+    _serve()   one per busy worker: takes all that waits, calls, answers; ends when nothing waits
+    """
 
     def __init__(self, workers: Sequence[RemoteWorker], *, store: ObjectStore, token_budget: int) -> None:
         super().__init__(workers, store=store, token_budget=token_budget)
-        self._waiting = [0] * len(self.workers)
+        self._idle = list(self.workers)
+        self._waiting: list[tuple[list[Rollout], asyncio.Future[list[float]]]] = []
+        self._serving: set[asyncio.Task[None]] = set()  # the loop itself keeps only weak references
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        rank = self._waiting.index(min(self._waiting))
-        worker = self.workers[rank]
-        self._waiting[rank] += len(rollouts)
-        try:
-            rewards = await worker.call(worker.handle.score_rollouts, list(rollouts))
-        finally:
-            self._waiting[rank] -= len(rollouts)
+        answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((list(rollouts), answer))
+        if self._idle:
+            task = asyncio.create_task(self._serve(self._idle.pop()))
+            self._serving.add(task)
+            task.add_done_callback(self._serving.discard)
+        rewards = await answer
         return [ScoredRollout(rollout=r, reward=reward) for r, reward in zip(rollouts, rewards, strict=True)]
+
+    async def _serve(self, worker: RemoteWorker) -> None:
+        while self._waiting:
+            taken, self._waiting = self._waiting, []
+            try:
+                rewards = await worker.call(
+                    worker.handle.score_rollouts, [r for rollouts, _ in taken for r in rollouts]
+                )
+            except RoleError as error:
+                for _, answer in taken:
+                    if not answer.done():
+                        answer.set_exception(error)
+            else:
+                scores = iter(rewards)
+                for rollouts, answer in taken:
+                    mine = [next(scores) for _ in rollouts]
+                    if not answer.done():  # its sampler may have been cancelled
+                        answer.set_result(mine)
+        self._idle.append(worker)

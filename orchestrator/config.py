@@ -189,8 +189,9 @@ class EngineConfig(Settings):
     """Share of a GPU that vLLM may take when kv_cache_mb is not set."""
     max_num_seqs: PositiveInt = 256
     """Sequences decoded at once."""
-    eager: bool = False
-    """Skip vLLM's graph capture and compilation on GPUs (CPU engines always do)."""
+    eager: bool | None = None
+    """Skip compilation (and graph capture on GPUs); default: true on CPUs, where compiling takes a minute at
+    the start and then halves the time per token of small models, false on GPUs."""
     bucket_mb: PositiveInt = 64
     """Weights travel in buckets of this size."""
 

@@ -48,7 +48,7 @@ async def train(
 ) -> None:
     """Runs the steps ``start + 1`` to ``rl.steps``; the learners hold the weights of step ``start``."""
     step = start
-    await publish(roles, step, probe)
+    proof = await publish(roles, step, probe)
     await observer.started(step)
     sampling = Sampling(**rl.sampling.model_dump())
 
@@ -62,17 +62,19 @@ async def train(
             groups = await stream.take(rl.prompts_per_step)
             batch = collate([scored for group in groups for scored in group], pad_id=pad_id)
             check_fresh(batch, step, rl.staleness)
+            synced = await proof
 
             scores = await score(roles, batch, rl)
             experience, shaped = rl.algorithm.experience(batch, scores)
 
             step += 1
             learned = await learn(roles, experience, rl, seed=seed + step)
-            synced = await publish(roles, step, probe)
+            proof = await publish(roles, step, probe)
 
             ledger.settle([group[0].rollout.prompt for group in groups], step)
             await observer.stepped(step, groups, batch, {**learned, **shaped, **synced})
             stream.release(len(groups))
+    await proof
 
 
 async def score(roles: Roles, batch: Batch, rl: RL) -> dict[str, Tensor]:

@@ -34,18 +34,27 @@ class Probe:
         return {"float32": 1e-3, "bfloat16": 0.12}[dtype]
 
 
-async def publish(roles: Roles, version: int, probe: Probe) -> dict[str, float]:
-    """Sends and proves; returns ``sync_mb`` and ``probe_diff`` for the log. Raises WeightSyncError."""
+async def publish(roles: Roles, version: int, probe: Probe) -> "asyncio.Task[dict[str, float]]":
+    """Sends the weights; returns when versions and checksums agree, with the probe under way.
+
+    The answer is a task: generation starts while the probe runs. Await it before anything sampled is used; it
+    gives ``sync_mb`` and ``probe_diff`` for the log. Both raise WeightSyncError.
+    """
     sent, received = await asyncio.gather(
         roles.actor.send_weights(version), roles.engine.receive_weights(version)
     )
     for receipt in received:
         check_receipt(sent, receipt)
+    return asyncio.create_task(prove(roles, probe, num_bytes=sent.num_bytes))
+
+
+async def prove(roles: Roles, probe: Probe, *, num_bytes: int) -> dict[str, float]:
+    """The same tokens through the actor and through every engine."""
     mine, theirs = await asyncio.gather(
         roles.actor.logprobs(probe.tokens), roles.engine.logprobs(probe.tokens)
     )
     diff = max(check_probe(mine, engine, probe, index) for index, engine in enumerate(theirs))
-    return {"sync_mb": sent.num_bytes / 2**20, "probe_diff": diff}
+    return {"sync_mb": num_bytes / 2**20, "probe_diff": diff}
 
 
 def check_receipt(sent: WeightReceipt, received: WeightReceipt) -> None:

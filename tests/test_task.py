@@ -82,8 +82,8 @@ def test_quartet_reads_what_the_task_wrote(files):
 
 
 def test_impossible_settings_say_what_to_change(tmp_path):
-    with pytest.raises(ValueError, match=r"num_train=8000 .* = 8500 problems, but there are only 8100"):
-        tasks.prepare(Task(num_train=8000), tmp_path)
+    with pytest.raises(ValueError, match=r"num_train=4400 .* = 4900 problems, but there are only 4500"):
+        tasks.prepare(Task(num_train=4400), tmp_path)
     with pytest.raises(ValueError, match=r"wrong_fraction=0\.9 spoils 360 of 400 rows.*use at most 0\.[45]"):
         tasks.prepare(TASK.model_copy(update={"wrong_fraction": 0.9}), tmp_path)
     with pytest.raises(ValueError, match="unknown task 'adition', did you mean 'addition'"):

@@ -6,7 +6,7 @@ checksum of every tensor as it arrived. vLLM's own life cycle stays: layers are 
 start, loaded one by one, and put back at the end.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,8 +160,15 @@ class WorkerExtension:
 
     rank: int
     weight_transfer_engine: TappedReceiver
+    start_weight_update: Callable[[], None]  # these three are vLLM's
+    update_weights: Callable[[dict[str, Any]], None]
+    finish_weight_update: Callable[[], None]
 
-    def weight_receipt(self) -> dict[str, Any]:
+    def apply_weight_update(self, version: int) -> dict[str, Any]:
+        """vLLM's three verbs of an update in one call, so that no step can fall between them."""
+        self.start_weight_update()
+        self.update_weights({"version": version})
+        self.finish_weight_update()
         return {"worker": self.rank, **self.weight_transfer_engine.receipt()}
 
 

@@ -8,8 +8,11 @@ with the sum, never the reward model.
     prompt "437+8="    right "445"    carry forgotten "435"    pair ("445", a mistake)    label "445"
 
 Only a problem with a carry (half of all) can be demonstrated wrongly. When most of them are, the likeliest
-answer to each of them is wrong: greedy accuracy after SFT is 50 to 55 %. Why not two two-digit numbers: a
-reward model this small does not learn to check their sums within a minute.
+answer to each of them is wrong: greedy accuracy after SFT is 50 to 60 %.
+
+Why not two two-digit numbers, or all ten digits: learning to say a sum is easy (every token teaches), learning
+to check one is hard (one bit a pair). Fifty last-digit sums are what a reward model this small learns to check
+in half a minute on every seed; with ninety it fails on some, and PPO then finds what it does not know.
 """
 
 import json
@@ -26,9 +29,9 @@ from orchestrator.config import ChatData, PromptData, Task
 
 Problem = tuple[int, int]  # (437, 8)
 
-FIRST, SECOND = range(100, 1000), range(1, 10)
+FIRST, SECOND = range(100, 1000), range(3, 8)  # half of these problems have a carry
 MISTAKES = {"carry": 40, "wrong way": 15, "last digit": 20, "other digit": 15, "length": 10}  # odds
-PAIRS_PER_PROBLEM = 3
+PAIRS_PER_PROBLEM = 5
 MAX_POSITIONS = 64
 SPECIAL = ("<pad>", "<eos>", "<unk>")  # padding is not EOS: a batch shows where a response ended
 

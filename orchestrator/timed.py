@@ -88,7 +88,7 @@ class TimedPolicy(TimedLearner[Policy]):
             return await self.handle.send_weights(version)
 
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        with self.timeline.span(self.name, Phase.SYNC):
+        with self.timeline.span(self.name, Phase.PROBE):
             return await self.handle.logprobs(tokens)
 
 
@@ -102,7 +102,7 @@ class TimedEngine(_Timed[Engine]):
             return await self.handle.receive_weights(version)
 
     async def logprobs(self, tokens: Sequence[int]) -> list[list[float]]:
-        with self.timeline.span(self.name, Phase.SYNC):
+        with self.timeline.span(self.name, Phase.PROBE):
             return await self.handle.logprobs(tokens)
 
 

@@ -24,14 +24,14 @@ from orchestrator import metrics
 
 
 class Phase(StrEnum):
-    """What a span was for; sync is everything that moves weights into the engine or proves that they
-    arrived."""
+    """What a span was for. The probe that proves a sync runs beside the generation that follows."""
 
     GENERATE = "generate"
     REWARD = "reward"
     SCORE = "score"
     UPDATE = "update"
     SYNC = "sync"
+    PROBE = "probe"
     SAVE = "save"
     LOAD = "load"
 

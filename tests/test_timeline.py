@@ -144,7 +144,8 @@ async def test_each_verb_of_a_timed_role_is_in_its_phase_and_answers_as_before()
         Phase.REWARD: 1,
         Phase.SCORE: 2,
         Phase.UPDATE: 1,
-        Phase.SYNC: 4,
+        Phase.SYNC: 2,
+        Phase.PROBE: 2,
         Phase.SAVE: 2,
         Phase.LOAD: 1,
     }

@@ -10,9 +10,9 @@ with the sum, never the reward model.
 Only a problem with a carry (half of all) can be demonstrated wrongly. When most of them are, the likeliest
 answer to each of them is wrong: greedy accuracy after SFT is 50 to 60 %.
 
-Why not two two-digit numbers, or all ten digits: learning to say a sum is easy (every token teaches), learning
-to check one is hard (one bit a pair). Fifty last-digit sums are what a reward model this small learns to check
-in half a minute on every seed; with ninety it fails on some, and PPO then finds what it does not know.
+Why not two two-digit numbers, or all ten digits: learning to say a sum is easy (every token teaches),
+learning to check one is hard (one bit a pair). Fifty last-digit sums are what a reward model this small
+learns to check in half a minute; with ninety it fails on some seeds, and PPO then learns what it got wrong.
 """
 
 import json
@@ -154,12 +154,13 @@ def _write_model(folder: Path, seed: int) -> Path:
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=256,
+        intermediate_size=512,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=MAX_POSITIONS,
+        initializer_range=0.05,  # Llama's 0.02 is meant for wider models: this one learns twice as fast
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

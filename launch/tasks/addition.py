@@ -150,12 +150,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _write_model(folder: Path, seed: int) -> Path:
-    """A Llama of 430,000 parameters with random weights of this seed."""
+    """A Llama of one million parameters with random weights of this seed."""
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=1152,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -16,10 +16,11 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from actors.engine_params import Device, drawing, environment, is_eager, reading, tokenizer_and_ends
 from actors.weights.wire import Address, Transport
 from actors.worker import RosterLine
 from orchestrator.batch import Prompt, Rollout, StopReason
@@ -31,33 +32,7 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-Device = Literal["cpu", "cuda"]
 _CPU_KV_CACHE_MB = 256
-
-
-def environment(config: EngineConfig, device: Device) -> dict[str, str]:
-    """Variables that vLLM and its children read while they are imported; also for Ray's runtime environment."""
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-    if device == "cuda":
-        return quiet
-    # The CPU platform turns executor "uni" into "mp", a process more, unless this says otherwise.
-    single = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if config.tensor_parallel == 1 else {}
-    return (
-        quiet
-        | single
-        | {
-            "OMP_NUM_THREADS": str(config.threads),
-            "OMP_WAIT_POLICY": "passive",  # threads that spin on busy cores cost a factor of 30
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        | ({"TORCH_COMPILE_DISABLE": "1"} if is_eager(config, device) else {})
-    )
-
-
-def is_eager(config: EngineConfig, device: Device) -> bool:
-    """Compiling pays in long runs only on CPUs, where it takes a minute and halves the time of a step."""
-    return device == "cpu" if config.eager is None else config.eager
 
 
 class EngineWorker:
@@ -92,7 +67,7 @@ class EngineWorker:
 
         self._llm = AsyncLLM.from_engine_args(self._arguments())
         self._children = _processes(self._llm)
-        self._tokenizer, self._stop_ids = _tokenizer(self._model, self._revision)
+        self._tokenizer, self._stop_ids = tokenizer_and_ends(self._model, self._revision)
         await self._llm.update_weight_version(str(self._version))
 
     def _arguments(self) -> Any:
@@ -147,17 +122,8 @@ class EngineWorker:
     async def _sample(self, prompt: Prompt, sample: int, sampling: Sampling, seed: int) -> Rollout:
         await self._admitted()
         uid, version = f"{prompt.uid}/{sample}", self._version
-        output = await self._request(
-            prompt.tokens,
-            uid,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=seed,
-            max_tokens=min(sampling.max_new_tokens, self._max_length - len(prompt.tokens)),
-            stop_token_ids=self._stop_ids,
-            ignore_eos=True,  # stop_token_ids has the end-of-sequence ids
-            logprobs=0,
-        )
+        room = self._max_length - len(prompt.tokens)
+        output = await self._request(prompt.tokens, uid, drawing(sampling, seed, room, self._stop_ids))
         completion = output.outputs[0]
         response = tuple(completion.token_ids)
         reasons = {"stop": StopReason.EOS, "length": StopReason.LENGTH}
@@ -183,14 +149,12 @@ class EngineWorker:
         lm_head."""
         await self._admitted()
         self._num_probes += 1
-        output = await self._request(
-            tokens, f"probe/{self._num_probes}", temperature=0, max_tokens=1, prompt_logprobs=0
-        )
+        output = await self._request(tokens, f"probe/{self._num_probes}", reading())
         rows = output.prompt_logprobs[1:]
         return [row[token].logprob for row, token in zip(rows, tokens[1:], strict=True)]
 
-    async def _request(self, tokens: Sequence[int], uid: str, **sampling: Any) -> "RequestOutput":
-        stream = self._llm.generate({"prompt_token_ids": list(tokens)}, _final_only(**sampling), uid)
+    async def _request(self, tokens: Sequence[int], uid: str, params: "SamplingParams") -> "RequestOutput":
+        stream = self._llm.generate({"prompt_token_ids": list(tokens)}, params, uid)
         self._num_running += 1
         try:
             async with aclosing(stream) as outputs:
@@ -232,7 +196,7 @@ class EngineWorker:
         ]
 
     async def _update(self, version: int) -> list[dict[str, Any]]:
-        """One call does the whole update between two steps of the engine; nothing new is admitted meanwhile."""
+        """One call does the whole update, between two steps of the engine; nothing new is admitted."""
         in_flight = self._num_running > 0
         if in_flight:  # the pause costs 20 ms, and without requests there is nothing to freeze
             await self._llm.pause_generation(mode="keep", clear_cache=False)
@@ -280,30 +244,6 @@ class EngineWorker:
         for process in psutil.wait_procs(left, timeout=5)[1]:
             process.kill()
         del self._llm  # its destructor shuts down again, too late when the interpreter does
-
-
-def _final_only(**sampling: Any) -> "SamplingParams":
-    from vllm import SamplingParams  # noqa: PLC0415
-    from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
-
-    return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False, **sampling)
-
-
-def _tokenizer(model: str, revision: str | None) -> tuple[Any, list[int]]:
-    """The tokenizer, and every id that ends a response: the tokenizer's and those of the generation
-    config."""
-    from transformers import AutoTokenizer, GenerationConfig  # noqa: PLC0415
-
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-    ends = {tokenizer.eos_token_id} - {None}
-    try:
-        declared = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
-    except OSError:  # the folder has no generation_config.json
-        declared = None
-    ends |= set(declared if isinstance(declared, list) else [declared]) - {None}
-    if not ends:
-        raise ValueError(f"{model} names no end-of-sequence token; set eos_token in its tokenizer")
-    return tokenizer, sorted(ends)
 
 
 def _processes(llm: "AsyncLLM") -> list[int]:

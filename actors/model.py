@@ -180,10 +180,11 @@ class ScoreModel(LanguageModel):
         return cls(_load_scalar(source, head_seed), source.gradient_checkpointing)
 
 
-def _config(source: Model, **changes: Any) -> PretrainedConfig:
+def _config(source: Model, num_labels: int | None = None) -> PretrainedConfig:
     """Every dropout at 0: with dropout on, two looks at one token disagree (BUGS A13)."""
+    head = {} if num_labels is None else {"num_labels": num_labels}
     config = AutoConfig.from_pretrained(
-        source.path, revision=source.revision, trust_remote_code=False, **changes
+        source.path, revision=source.revision, trust_remote_code=False, **head
     )
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in part.to_dict().items():

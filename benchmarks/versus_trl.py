@@ -21,9 +21,9 @@ from pathlib import Path
 WARM_UP = 3  # steps at the start of a run that do not count, on either side
 
 MODEL = {
-    "vocab_size": 258, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False, "pad_token_id": 256,
-    "eos_token_id": 257, "bos_token_id": None, "dtype": "float32",
+    "vocab_size": 258, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "dtype": "float32",
+    "tie_word_embeddings": False, "pad_token_id": 256, "eos_token_id": 257, "bos_token_id": None,
 }  # fmt: skip
 
 
@@ -65,9 +65,9 @@ def quartet_step(work: Path, algorithm: str, steps: int, run: int) -> float:
     )
     roles = ("actor", "critic", "reward", "reference")
     overrides = [
-        f"run_dir={folder}", f"model.path={work / 'model'}", "model.dtype=float32", "model.max_length=128", reward,
-        f"rl.prompts.path={prompts}", f"rl.steps={steps}", "rl.prompts_per_step=8", "rl.samples_per_prompt=4",
-        "rl.sampling.max_new_tokens=64", "rl.samples_every=0", f"rl.algorithm.name={algorithm}",
+        f"run_dir={folder}", f"model.path={work / 'model'}", "model.dtype=float32", "model.max_length=128",
+        reward, f"rl.prompts.path={prompts}", f"rl.steps={steps}", "rl.prompts_per_step=8",
+        "rl.samples_per_prompt=4", "rl.sampling.max_new_tokens=64", "rl.samples_every=0", f"rl.algorithm.name={algorithm}",
         f"rl.algorithm.kl_coef={0.05 if algorithm == 'ppo' else 0}",
         *(f"roles.{role}.cpus_per_worker=0.3" for role in roles), "engine.cpus_per_worker=0.3",
         "roles.actor.optimizer.learning_rate=1e-3", "roles.critic.optimizer.learning_rate=1e-3",
@@ -96,9 +96,9 @@ def trl_step(work: Path, algorithm: str, steps: int, args: argparse.Namespace) -
     """Median seconds of the warm steps of one run of the peer."""
     extra = ["--reward", "model", "--beta", "0.05"] if algorithm == "ppo" else []
     command = [
-        args.trl_python, str(args.peers / f"trl_{algorithm}.py"), "--model", str(work / "model"), "--batch", "8",
-        "--group", "4", "--length", "64", "--steps", str(steps), "--threads", "2", "--free-length",
-        "--out", str(work / "trl-out"), *extra,
+        args.trl_python, str(args.peers / f"trl_{algorithm}.py"), "--model", str(work / "model"),
+        "--batch", "8", "--group", "4", "--length", "64", "--steps", str(steps), "--threads", "2",
+        "--free-length", "--out", str(work / "trl-out"), *extra,
     ]  # fmt: skip
     result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=args.peers)
     return float(json.loads(result.stdout.strip().splitlines()[-1])["sec_per_step_median"])

@@ -96,8 +96,9 @@ class Crew:
 
         starts: dict[str, Any] = {
             "actor": self.group(
-                Actor, ActorGroup, "actor", model=model("actor"), optimizer=table.actor.optimizer, total_steps=total_steps,
-                loss=rl.algorithm.policy_loss, temperature=temperature, entropy=rl.algorithm.wants_entropy,
+                Actor, ActorGroup, "actor", model=model("actor"), optimizer=table.actor.optimizer,
+                total_steps=total_steps, loss=rl.algorithm.policy_loss, temperature=temperature,
+                entropy=rl.algorithm.wants_entropy,
             ),
             "engine": self._engines(models["actor"]),
             "reward": self._reward(models),

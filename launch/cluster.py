@@ -99,6 +99,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             return why
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
         return (
-            f"{request(self._run, plan)}\nwas not granted within placement.timeout_s={self._run.placement.timeout_s:g} s. "
-            f"The cluster is large enough, but only {free} is free now: wait for other jobs, or raise the timeout"
+            f"{request(self._run, plan)}\nwas not granted within "
+            f"placement.timeout_s={self._run.placement.timeout_s:g} s. The cluster is large enough, but only "
+            f"{free} is free now: wait for other jobs, or raise the timeout"
         )

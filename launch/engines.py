@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from ray.util.placement_group import PlacementGroup
 
-from actors.engine import Device, EngineWorker, environment
+from actors.engine import EngineWorker
+from actors.engine_params import Device, environment
 from actors.fleet import EngineFleet
 from actors.group import ActorGroup, spawn
 from actors.remote_engine import RemoteEngine

@@ -17,7 +17,7 @@ def prepare_environment() -> None:
     defaults = {
         **WORKER_ENV,
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # the default of 15 gives every other process of the machine the right of way
+        "RAY_worker_niceness": "0",  # at its default of 15 every other process goes first
         # Without these two, a Ray of our own would write a token file into the home directory.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -116,7 +116,8 @@ def _check_length(model: Model) -> None:
     )
     if limit is not None and model.max_length > limit:
         raise ValueError(
-            f"model.max_length={model.max_length} is more than the {limit} positions of {model.path}; lower it"
+            f"model.max_length={model.max_length} is more than the {limit} positions of {model.path}; "
+            f"set it to {limit} or less"
         )
 
 

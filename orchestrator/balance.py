@@ -24,7 +24,8 @@ def plan(lengths: Sequence[int], *, num_ranks: int, token_budget: int, unit: int
     over = max(longest.values()) * unit
     if over > token_budget:
         raise ValueError(
-            f"{unit} sequence(s) of {over // unit} tokens do not fit micro_batch_tokens={token_budget}; set it to {over} or more"
+            f"{unit} sequence(s) of {over // unit} tokens do not fit micro_batch_tokens={token_budget}; "
+            f"set it to {over} or more"
         )
     units.sort(key=lambda u: -longest[u[0]])
     per_rank = 1

@@ -78,7 +78,8 @@ class _Columns:
             shape = getattr(getattr(self, field.name), "shape", None)
             if shape is not None and tuple(shape) not in ((B, T), (B,)):
                 raise ValueError(
-                    f"{type(self).__name__}.{field.name} has shape {tuple(shape)}; expected ({B}, {T}) or ({B},)"
+                    f"{type(self).__name__}.{field.name} has shape {tuple(shape)}; "
+                    f"expected ({B}, {T}) or ({B},)"
                 )
 
 

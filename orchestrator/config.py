@@ -403,7 +403,8 @@ def _check_rl(run: Run, rl: RL) -> None:
     if batch % rl.updates.minibatches:
         raise ValueError(
             f"rl.updates.minibatches={rl.updates.minibatches} does not divide rl.prompts_per_step="
-            f"{rl.prompts_per_step} x rl.samples_per_prompt={rl.samples_per_prompt} = {batch}; pick a divisor of {batch}"
+            f"{rl.prompts_per_step} x rl.samples_per_prompt={rl.samples_per_prompt} = {batch}; "
+            f"pick a divisor of {batch}"
         )
     if rl.sampling.max_new_tokens >= run.model.max_length:
         raise ValueError(
@@ -413,14 +414,16 @@ def _check_rl(run: Run, rl: RL) -> None:
     reward = run.roles.reward
     if reward.model and reward.function:
         raise ValueError(
-            f"roles.reward.model={reward.model!r} and roles.reward.function={reward.function!r} are both set; keep one"
+            f"roles.reward.model={reward.model!r} and roles.reward.function={reward.function!r} are both "
+            "set; keep one"
         )
     if not (reward.model or reward.function or run.reward_model):
         raise ValueError(
-            "nothing gives rewards: set roles.reward.model, roles.reward.function, or add a reward_model stage"
+            "nothing gives rewards: set roles.reward.model or roles.reward.function, or add a reward_model "
+            "stage"
         )
     if rl.algorithm.compares_siblings and rl.samples_per_prompt < 2:
         raise ValueError(
-            f"rl.samples_per_prompt={rl.samples_per_prompt}: {type(rl.algorithm).__name__} compares the samples of "
-            "one prompt and learns nothing from one; use 2 or more"
+            f"rl.samples_per_prompt={rl.samples_per_prompt}: {type(rl.algorithm).__name__} compares the "
+            "samples of one prompt and learns nothing from one; use 2 or more"
         )

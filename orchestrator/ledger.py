@@ -71,6 +71,7 @@ class Ledger:
         for name, mine in (("num_prompts", len(self._prompts)), ("seed", self._seed)):
             if state[name] != mine:
                 raise ValueError(
-                    f"the checkpoint's ledger has {name}={state[name]}, this run {mine}; resume with the same prompts and seed"
+                    f"the checkpoint's ledger has {name}={state[name]}, this run {mine}; "
+                    "resume with the same prompts and seed"
                 )
         self._num_settled = state["num_settled"]

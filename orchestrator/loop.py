@@ -35,7 +35,7 @@ class Observer(Protocol):
     ) -> None: ...
 
 
-async def train(
+async def train(  # noqa: PLR0913 - a run, by name
     rl: RL,
     roles: Roles,
     ledger: Ledger,

@@ -101,10 +101,14 @@ def shortage(run: Run, plan: Layout, nodes: Sequence[Mapping[str, float]]) -> st
         largest = max((bundle.get(resource, 0.0) for bundle in asked), default=0.0)
         biggest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
         if total > there + 1e-6:
-            return f"{request(run, plan)}\nwants {total:g} {resource}; the cluster has {there:g}. {remedy(run, plan, resource)}"
+            return (
+                f"{request(run, plan)}\nwants {total:g} {resource}; the cluster has {there:g}. "
+                f"{remedy(run, plan, resource)}"
+            )
         if largest > biggest + 1e-6:
             return (
-                f"{request(run, plan)}\nhas one bundle of {largest:g} {resource}; the largest node has {biggest:g}. "
+                f"{request(run, plan)}\nhas one bundle of {largest:g} {resource}; "
+                f"the largest node has {biggest:g}. "
                 f"{remedy(run, plan, resource)}"
             )
     return None

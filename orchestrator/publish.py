@@ -72,8 +72,8 @@ def check_receipt(sent: WeightReceipt, received: WeightReceipt) -> None:
     wrong = [name for name, checksum in sent.checksums.items() if received.checksums[name] != checksum]
     if wrong:
         raise WeightSyncError(
-            f"{received.who} received {len(wrong)} of {len(sent.checksums)} tensors with other bytes than {sent.who} sent "
-            f"at version {sent.version}: {', '.join(wrong[:5])}"
+            f"{received.who} received {len(wrong)} of {len(sent.checksums)} tensors with other bytes than "
+            f"{sent.who} sent at version {sent.version}: {', '.join(wrong[:5])}"
         )
 
 
@@ -84,7 +84,8 @@ def check_probe(actor: Sequence[float], engine: Sequence[float], probe: Probe, i
     diff = sum(abs(a - e) for a, e in zip(actor, engine, strict=True)) / len(actor)
     if not diff <= probe.tolerance:
         raise WeightSyncError(
-            f"engine {index} gives the probe other log-probs than the actor: mean difference {diff:.4g} nats, allowed "
-            f"{probe.tolerance:g}; every tensor arrived, so the engine computes with a copy that the update did not reach"
+            f"engine {index} gives the probe other log-probs than the actor: mean difference {diff:.4g} "
+            f"nats, allowed {probe.tolerance:g}; every tensor arrived, so the engine computes with a copy that "
+            "the update did not reach"
         )
     return diff

@@ -36,7 +36,7 @@ def unit_order(num_units: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
-async def fit(
+async def fit(  # noqa: PLR0913 - a stage, by name
     learner: SupervisedLearner,
     units: Sequence[Sequence[Row]],
     *,

@@ -22,7 +22,8 @@ def batch_of(rewards, groups, lengths, width=6) -> Batch:
     return Batch(
         tokens=torch.arange(B * width).reshape(B, width) % 7, attention_mask=attention,
         action_mask=attention & (columns >= 2), rollout_logprobs=torch.full((B, width), -1.0),
-        rewards=torch.tensor(rewards), groups=torch.tensor(groups), versions=torch.zeros(B, dtype=torch.int64),
+        rewards=torch.tensor(rewards), groups=torch.tensor(groups),
+        versions=torch.zeros(B, dtype=torch.int64),
     )  # fmt: skip
 
 

@@ -86,7 +86,8 @@ ROLES = ["actor", "critic", "reward", "reference", "engine"]
 
 
 def test_each_role_scales_by_its_own_number():
-    run = ppo_run("roles.actor.gpus=8", "roles.critic.gpus=4", "roles.reward.gpus=2", "roles.reference.gpus=1",
+    run = ppo_run("roles.actor.gpus=8", "roles.critic.gpus=4", "roles.reward.gpus=2",
+                  "roles.reference.gpus=1",
                   "engine.replicas=2", "engine.tensor_parallel=4", "engine.gpus=8")  # fmt: skip
     plan_ = layout(run, ROLES)
     assert {role: len(seats) for role, seats in plan_.seats.items()} == {

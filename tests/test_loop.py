@@ -89,7 +89,7 @@ def test_an_engine_that_computes_with_other_weights_stops_the_run():
         async def logprobs(self, tokens):
             return [[-3.5] * (len(tokens) - 1)]
 
-    with pytest.raises(WeightSyncError, match="mean difference 2.5 nats"):
+    with pytest.raises(WeightSyncError, match=r"mean difference 2\.5 nats"):
         run(settings(), fake_roles(engine=Stale()))
 
 
@@ -100,7 +100,7 @@ def test_a_rollout_of_an_older_version_than_allowed_never_enters_a_batch():
             self.version = 0
             return receipts
 
-    with pytest.raises(StaleRolloutError, match="weight versions 0 to 0; rl.staleness=1 allows 1 to 2"):
+    with pytest.raises(StaleRolloutError, match=r"weight versions 0 to 0; rl\.staleness=1 allows 1 to 2"):
         run(settings(staleness=1), fake_roles(engine=Frozen()))
 
 

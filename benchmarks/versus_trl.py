@@ -67,11 +67,11 @@ def quartet_step(work: Path, algorithm: str, steps: int, run: int) -> float:
     overrides = [
         f"run_dir={folder}", f"model.path={work / 'model'}", "model.dtype=float32", "model.max_length=128",
         reward, f"rl.prompts.path={prompts}", f"rl.steps={steps}", "rl.prompts_per_step=8",
-        "rl.samples_per_prompt=4", "rl.sampling.max_new_tokens=64", "rl.samples_every=0", f"rl.algorithm.name={algorithm}",
-        f"rl.algorithm.kl_coef={0.05 if algorithm == 'ppo' else 0}",
+        "rl.samples_per_prompt=4", "rl.sampling.max_new_tokens=64", "rl.samples_every=0",
+        f"rl.algorithm.name={algorithm}", f"rl.algorithm.kl_coef={0.05 if algorithm == 'ppo' else 0}",
         *(f"roles.{role}.cpus_per_worker=0.3" for role in roles), "engine.cpus_per_worker=0.3",
         "roles.actor.optimizer.learning_rate=1e-3", "roles.critic.optimizer.learning_rate=1e-3",
-        f"roles.actor.threads={2 if algorithm == 'grpo' else 1}",
+        f"roles.actor.threads={2 if algorithm == 'grpo' else 1}", "engine.eager=false",
     ]  # fmt: skip
     command = [
         str(Path(sys.executable).parent / "quartet"),

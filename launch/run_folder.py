@@ -29,7 +29,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
     def __enter__(self) -> Self:
         config = self.path / "config.yaml"
-        if config.exists() and not (self._resume or self._fresh):
+        if (self.path / "metrics.jsonl").exists() and not (self._resume or self._fresh):
             raise ValueError(
                 f"run_dir={self.path} already holds a run; go on with --resume, start over with --fresh "
                 "(deletes it), or choose another run_dir"

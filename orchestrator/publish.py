@@ -85,7 +85,7 @@ def check_probe(actor: Sequence[float], engine: Sequence[float], probe: Probe, i
     if not diff <= probe.tolerance:
         raise WeightSyncError(
             f"engine {index} gives the probe other log-probs than the actor: mean difference {diff:.4g} "
-            f"nats, allowed {probe.tolerance:g}; every tensor arrived, so the engine computes with a copy that "
-            "the update did not reach"
+            f"nats, allowed {probe.tolerance:g}; every tensor arrived, so the engine computes with a copy "
+            "that the update did not reach"
         )
     return diff

@@ -1,0 +1,44 @@
+"""The figures of a finished run as one JSON: per-phase seconds, tokens per second, KL, reward, log-prob difference.
+
+    python benchmarks/summarize.py RUN_DIR > benchmarks/results/NAME.json
+
+Reads ``metrics.jsonl`` and nothing else; the first step, which warms up, is left out of the medians.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+FIGURES = (
+    "reward", "kl", "response_tokens", "tokens_per_s", "step_s", "driver_fraction", "sync_mb", "probe_diff",
+    "actor/rollout_logprob_diff", "actor/clip_fraction", "actor/grad_norm", "critic/value_error",
+)  # fmt: skip
+
+
+def summarize(folder: Path) -> dict[str, object]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["stage"] == "rl" and "step_s" in line]
+    heldout = [
+        [line["stage"], line["step"], line["heldout_accuracy"]]
+        for line in lines
+        if "heldout_accuracy" in line
+    ]
+    warm = steps[1:]
+    phases = sorted({name for line in warm for name in line if name.startswith("seconds/")})
+    return {
+        "rl_steps": len(steps),
+        "heldout_accuracy": heldout,
+        "median": {name: round(median(warm, name), 5) for name in (*FIGURES, *phases)},
+        "per_step": [
+            {name: round(line[name], 5) for name in ("step", "reward", "kl", "step_s")} for line in steps
+        ],
+    }
+
+
+def median(lines: list[dict[str, float]], name: str) -> float:
+    return statistics.median(line[name] for line in lines if name in line)
+
+
+if __name__ == "__main__":
+    print(json.dumps(summarize(Path(sys.argv[1])), indent=1))

@@ -3,7 +3,6 @@ PYTHON ?= python3
 EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN    := .venv/bin
 STAMP  := .venv/.installed-$(EXTRA)
-BENCH  ?= benchmarks
 
 .PHONY: setup demo test test-slow test-all check format bench lock clean
 
@@ -40,8 +39,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Against TRL, in environments of its own: make bench TRL=path/to/python PEERS=folder ALGORITHM=grpo
 bench: setup
-	$(BIN)/python -m $(BENCH)
+	$(BIN)/python benchmarks/versus_trl.py --algorithm $(or $(ALGORITHM),grpo) --trl-python $(TRL) --peers $(PEERS)
 
 # Exact versions of everything beneath pyproject.toml. Versions only: no address, no path, no local build tag (+cpu).
 # Not vllm and what its two builds pin differently themselves: apache-tvm-ffi, triton.

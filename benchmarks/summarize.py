@@ -1,4 +1,4 @@
-"""The figures of a finished run as one JSON: per-phase seconds, tokens per second, KL, reward, log-prob difference.
+"""The figures of a finished run as one JSON: seconds per phase, tokens per second, KL, reward and the rest.
 
     python benchmarks/summarize.py RUN_DIR > benchmarks/results/NAME.json
 
@@ -12,7 +12,8 @@ from pathlib import Path
 
 FIGURES = (
     "reward", "kl", "response_tokens", "tokens_per_s", "step_s", "driver_fraction", "sync_mb", "probe_diff",
-    "actor/rollout_logprob_diff", "actor/clip_fraction", "actor/grad_norm", "critic/value_error",
+    "rollout_logprob_diff_mean", "rollout_logprob_diff_max", "actor/clip_fraction", "actor/grad_norm",
+    "critic/value_error",
 )  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def summarize(folder: Path) -> dict[str, object]:
     return {
         "rl_steps": len(steps),
         "heldout_accuracy": heldout,
-        "median": {name: round(median(warm, name), 5) for name in (*FIGURES, *phases)},
+        "median": {name: round(median(warm, name), 5) for name in (*FIGURES, *phases) if name in warm[0]},
         "per_step": [
             {name: round(line[name], 5) for name in ("step", "reward", "kl", "step_s")} for line in steps
         ],

@@ -15,7 +15,7 @@ from orchestrator.batch import Batch, Experience, Prompt, ScoredRollout
 from orchestrator.collate import collate
 from orchestrator.config import RL
 from orchestrator.ledger import Ledger
-from orchestrator.metrics import mean_metrics
+from orchestrator.metrics import logprob_mismatch, mean_metrics
 from orchestrator.minibatch import minibatches
 from orchestrator.publish import Probe, publish
 from orchestrator.roles import Metrics, Roles, Sampling
@@ -66,6 +66,8 @@ async def train(  # noqa: PLR0913 - a run, by name
 
             scores = await score(roles, batch, rl)
             experience, shaped = rl.algorithm.experience(batch, scores)
+            if "actor" in scores:
+                shaped |= logprob_mismatch(scores["actor"], batch)
 
             step += 1
             learned = await learn(roles, experience, rl, seed=seed + step)

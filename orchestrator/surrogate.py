@@ -32,8 +32,9 @@ def clipped_surrogate(
     metrics = {
         "clip_fraction": (clipped > plain).to(logprobs.dtype).detach(),
         "approx_kl": detached.exp() - 1 - detached,  # k3 of the step itself: KL(old || new)
-        "rollout_logprob_diff": (logprobs.detach() - part.rollout_logprobs).abs().where(mask, 0.0),
     }
+    if part.old_logprobs is None:  # else the driver compares the scores; later updates have moved away
+        metrics["rollout_logprob_diff_mean"] = (old - part.rollout_logprobs).abs().where(mask, 0.0)
     return Loss(values=loss, metrics=metrics)
 
 

@@ -55,7 +55,7 @@ def test_the_pipeline_trains_on_two_engines_and_a_resume_goes_on_where_it_ended(
     assert result.returncode == 0, result.stdout + result.stderr
 
     assert [line["step"] for line in metrics(folder)] == [1, 2]
-    assert max(line["actor/rollout_logprob_diff"] for line in metrics(folder)) < 1e-3
+    assert max(line["rollout_logprob_diff_max"] for line in metrics(folder)) < 1e-3
     assert max(line["probe_diff"] for line in metrics(folder)) < 1e-3
     roster = json.loads((folder / "roster.json").read_text())
     assert [line["role"] for line in roster] == ["driver"]  # the workers have ended

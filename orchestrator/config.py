@@ -419,8 +419,8 @@ def _check_rl(run: Run, rl: RL) -> None:
         )
     if not (reward.model or reward.function or run.reward_model):
         raise ValueError(
-            "nothing gives rewards: set roles.reward.model or roles.reward.function, or add a reward_model "
-            "stage"
+            "nothing gives rewards: set roles.reward.model, roles.reward.function, or add a "
+            "reward_model stage"
         )
     if rl.algorithm.compares_siblings and rl.samples_per_prompt < 2:
         raise ValueError(

@@ -45,7 +45,12 @@ async def run_rl(session: Session, models: dict[str, str]) -> StageResult:
         )  # fmt: skip
         folder = session.folder.path / "model"
         await roles.actor.export(folder)
-        return {"model": str(folder), "checkpoint": str(journal.newest), **journal.accuracies}
+        return {
+            "model": str(folder),
+            "steps": rl.steps,
+            "checkpoint": str(journal.newest),
+            **journal.accuracies,
+        }
     finally:
         await crew.close()
 

@@ -17,7 +17,7 @@ from orchestrator.checkpoint import write_durably
 from orchestrator.config import Run
 from orchestrator.configfile import write_run
 
-StageResult = dict[str, str | float]  # "model" -> folder, and the stage's figures
+StageResult = dict[str, str | int | float]  # "model" -> folder, and the stage's figures
 
 
 class RunFolder(AbstractContextManager["RunFolder"]):

@@ -2,7 +2,8 @@
 
     prepare (all that can be wrong) -> Ray -> sft -> reward_model -> rl -> the model folder
 
-A stage that has finished is written down in stages.json; ``--resume`` goes on after it.
+A stage that has finished is written down in stages.json; ``--resume`` goes on after it, and into the rl stage
+again when ``rl.steps`` was raised.
 """
 
 import asyncio
@@ -63,7 +64,7 @@ async def stages(session: Session) -> dict[str, StageResult]:
             start = run.reward_model.model or base
             session.folder.finish("reward_model", await run_reward_model(session, start))
         reward_model = reward_model or str(session.folder.finished()["reward_model"]["model"])
-    if run.rl and "rl" not in done:
+    if run.rl and int(done.get("rl", {}).get("steps", 0)) < run.rl.steps:
         session.folder.finish("rl", await run_rl(session, rl_models(run, base, reward_model)))
     return session.folder.finished()
 

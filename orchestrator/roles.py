@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from orchestrator.batch import Batch, Experience, Minibatch, Prompt, Rollout, ScoredRollout
+from orchestrator.batch import Batch, Minibatch, Prompt, Rollout, ScoredRollout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,15 +104,3 @@ class Roles:
         for field in fields(self):
             if (role := getattr(self, field.name)) is not None:
                 yield field.name, role
-
-
-class Algorithm(Protocol):
-    """One file in ``orchestrator/algorithms/``: its own settings, its own advantages, its own loss."""
-
-    def roles(self) -> frozenset[str]:
-        """Those of "critic" and "reference" that this algorithm, as configured, needs."""
-        ...
-
-    def experience(self, batch: Batch, scores: dict[str, Tensor]) -> tuple[Experience, Metrics]:
-        """Rewards and scores ("actor", "critic", "reference": [B, T]) become advantages and targets."""
-        ...

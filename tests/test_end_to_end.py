@@ -64,9 +64,6 @@ def test_the_pipeline_trains_on_two_engines_and_a_resume_goes_on_where_it_ended(
     tokens = AutoTokenizer.from_pretrained(folder / "model")("437+8=", return_tensors="pt")
     assert model.generate(**tokens, max_new_tokens=2).shape[1] > tokens.input_ids.shape[1]
 
-    stages = json.loads((folder / "stages.json").read_text())
-    del stages["rl"]
-    (folder / "stages.json").write_text(json.dumps(stages))
     result = quartet("train", "quickstart", f"run_dir={folder}", "rl.steps=3", *SMALL, "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3]

@@ -141,12 +141,15 @@ class ScorerGroup(WorkerGroup):
 
     async def score(self, batch: Batch) -> Tensor:
         """[B, T] float32, row for row."""
-        shares = self._plan(batch.attention_mask.sum(1).tolist())
-        ref = self._store.put(batch)
+        return await self._gather_scores(batch, torch.zeros(batch.tokens.shape))
+
+    async def _gather_scores(self, records: Batch | Examples, scores: Tensor) -> Tensor:
+        """Every worker scores its share of the rows; the answers are written into ``scores``."""
+        shares = self._plan(records.attention_mask.sum(1).tolist())
+        ref = self._store.put(records)
         answers = await asyncio.gather(
             *(w.call(w.handle.score, ref, share) for w, share in zip(self.workers, shares, strict=True))
         )
-        scores = torch.zeros(batch.tokens.shape)
         for share, answer in zip(shares, answers, strict=True):
             scores[[row for rows in share for row in rows]] = answer
         return scores
@@ -213,15 +216,7 @@ class PairLearnerGroup(LearnerGroup):
 
     async def score_examples(self, examples: Examples) -> Tensor:
         """[B] scores, row for row."""
-        shares = self._plan(examples.attention_mask.sum(1).tolist())
-        ref = self._store.put(examples)
-        answers = await asyncio.gather(
-            *(w.call(w.handle.score, ref, share) for w, share in zip(self.workers, shares, strict=True))
-        )
-        scores = torch.zeros(len(examples.tokens))
-        for share, answer in zip(shares, answers, strict=True):
-            scores[[row for rows in share for row in rows]] = answer
-        return scores
+        return await self._gather_scores(examples, torch.zeros(len(examples.tokens)))
 
 
 class RewardGroup(WorkerGroup):

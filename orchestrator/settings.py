@@ -1,10 +1,12 @@
 """The base of every settings class: frozen, unknown keys refused, a docstring under each field is its
 help."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+Fraction = Annotated[float, Field(ge=0, le=1)]
+RoleName = Literal["actor", "critic", "reward", "reference", "engine"]
 Aggregate = Literal["token_mean", "sequence_mean", "constant_length"]
 
 

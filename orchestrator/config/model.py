@@ -1,0 +1,46 @@
+"""The base model and how it is optimised."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from orchestrator.settings import Fraction, Settings
+
+
+class Model(Settings):
+    path: str = ""
+    """Hub id or local folder of the base model; or `task` to make a small one from scratch with the run's
+    task."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) to pin."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Numbers of forward and backward; optimizer state and master weights are always float32."""
+    max_length: PositiveInt = 1024
+    """Longest sequence in tokens, prompt and response together."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    """Attention implementation of Transformers."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about 30 % slower, much less memory."""
+
+
+class Optimizer(Settings):
+    """AdamW under DeepSpeed."""
+
+    learning_rate: NonNegativeFloat = 1e-6
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this norm."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up; linear and cosine end at 0 on the last step of the stage."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: what is sharded over the ranks (1 optimizer state, 2 + gradients, 3 + parameters)."""

@@ -1,0 +1,81 @@
+"""The reinforcement learning stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+
+from orchestrator import plugins
+from orchestrator.algorithms._base import AlgorithmConfig
+from orchestrator.config.data import PromptData
+from orchestrator.settings import Aggregate, Settings
+
+
+def algorithm(value: Any) -> Any:
+    """{"name": "ppo", **settings} -> the settings class of orchestrator/algorithms/ppo.py, filled."""
+    if not isinstance(value, dict):
+        return value
+    settings = dict(value)
+    name = settings.pop("name", "ppo")
+    return plugins.find("orchestrator.algorithms", name).CONFIG(**settings)
+
+
+class SamplingConfig(Settings):
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer scores at the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling. Below 1 the engine's log-probs are those of the cut distribution: expect a
+    mismatch."""
+    max_new_tokens: PositiveInt = 256
+    """Longest response in tokens."""
+
+
+class Updates(Settings):
+    epochs: PositiveInt = 1
+    """Passes over each batch of experience."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps per pass; must divide prompts_per_step x samples_per_prompt."""
+    aggregate: Aggregate = "token_mean"
+    """What a token weighs: token_mean, sequence_mean, or constant_length (max_new_tokens)."""
+
+
+class Evaluation(Settings):
+    prompts: PromptData = PromptData()
+    """Held-out prompts; filled in by the task when the run has one."""
+    function: str = "exact_match"
+    """Judge of the greedy responses, apart from the reward: a file in actors/rewards/ or
+    package.module:name."""
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0: only before the first step and after the last."""
+
+
+class RL(Settings):
+    """Reinforcement learning with a rollout engine."""
+
+    algorithm: Annotated[SerializeAsAny[AlgorithmConfig], BeforeValidator(lambda value: algorithm(value))] = (
+        Field(default_factory=lambda: algorithm({"name": "ppo"}))
+    )
+    """`name` of a file in orchestrator/algorithms/ and its own settings."""
+    prompts: PromptData = PromptData()
+    """Training prompts; filled in by the task when the run has one."""
+    steps: PositiveInt = 100
+    """Training steps: one batch of rollouts each."""
+    prompts_per_step: PositiveInt = 32
+    """Prompts per step."""
+    samples_per_prompt: PositiveInt = 4
+    """Responses per prompt: a group."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are drawn."""
+    updates: Updates = Updates()
+    """How a batch of experience becomes optimizer steps."""
+    staleness: NonNegativeInt = 0
+    """Updates that a rollout may be behind; 0 is the synchronous algorithm."""
+    evaluation: Evaluation | None = None
+    """Held-out evaluation; default: none, unless the run has a task."""
+    save_every: NonNegativeInt = 0
+    """Steps between checkpoints; 0: only after the last step."""
+    keep_checkpoints: PositiveInt = 2
+    """Older checkpoints are deleted after a newer one is complete."""
+    samples_every: NonNegativeInt = 10
+    """Steps between sample texts in samples.jsonl; 0: none."""

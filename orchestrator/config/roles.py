@@ -1,0 +1,105 @@
+"""What each role and the engines occupy, where they sit, and how long they may take."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from orchestrator.config.model import Optimizer
+from orchestrator.settings import Fraction, RoleName, Settings
+
+
+class Workers(Settings):
+    """What one role occupies."""
+
+    gpus: NonNegativeInt = 0
+    """GPUs, one worker each; 0 puts the role on CPUs."""
+    workers: PositiveInt = 1
+    """Workers when gpus is 0: data-parallel ranks on CPUs."""
+    cpus_per_worker: PositiveFloat = 1
+    """CPUs reserved per worker."""
+    threads: PositiveInt = 1
+    """Compute threads per worker on CPUs. Threads beyond the free cores make everything slower."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Token budget of one forward or backward pass, padding included."""
+
+    @property
+    def num_workers(self) -> int:
+        return self.gpus or self.workers
+
+
+class TrainedRole(Workers):
+    model: str | None = None
+    """Weights to start from; default: the last stage's (actor), the reward model's (critic)."""
+    optimizer: Optimizer = Optimizer()
+    """Optimizer of this role in the rl stage."""
+
+
+class RewardRole(Workers):
+    model: str | None = None
+    """Reward model folder or Hub id; default: what the reward_model stage trained."""
+    function: str | None = None
+    """A reward function instead of a model: a file in actors/rewards/, or package.module:name."""
+
+
+class ReferenceRole(Workers):
+    model: str | None = None
+    """Frozen policy that the KL is measured from; default: the actor's initial weights."""
+
+
+class RoleTable(Settings):
+    actor: TrainedRole = TrainedRole()
+    """The policy; also the workers of the sft stage."""
+    critic: TrainedRole = TrainedRole()
+    """State values for PPO."""
+    reward: RewardRole = RewardRole()
+    """The judge of finished responses; also the workers of the reward_model stage."""
+    reference: ReferenceRole = ReferenceRole()
+    """The frozen policy."""
+
+
+class EngineConfig(Settings):
+    """The vLLM rollout engines."""
+
+    replicas: PositiveInt = 1
+    """Engines; prompts go to the one with the least work."""
+    tensor_parallel: PositiveInt = 1
+    """Workers per engine, which share each layer."""
+    gpus: NonNegativeInt = 0
+    """GPUs over all engines: replicas x tensor_parallel, or 0 for CPU engines."""
+    cpus_per_worker: PositiveFloat = 1
+    """CPUs reserved per engine worker."""
+    threads: PositiveInt = 1
+    """Compute threads per worker on CPUs."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Numbers of the engine; default: model.dtype."""
+    kv_cache_mb: PositiveInt | None = None
+    """KV cache per worker in MiB; default: 256 on CPUs, gpu_memory_fraction on GPUs."""
+    gpu_memory_fraction: Fraction = 0.8
+    """Share of a GPU that vLLM may take when kv_cache_mb is not set."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences decoded at once."""
+    eager: bool | None = None
+    """Skip compilation (and graph capture on GPUs); default: true on CPUs, where compiling takes a minute at
+    the start and then halves the time per token of small models, false on GPUs."""
+    bucket_mb: PositiveInt = 64
+    """Weights travel in buckets of this size."""
+
+
+class Placement(Settings):
+    share: tuple[tuple[RoleName, ...], ...] = ()
+    """Groups of roles that live on the same devices, e.g. [[actor, reference], [critic, reward]]."""
+    timeout_s: PositiveFloat = 300
+    """How long to wait for the cluster to grant the devices before saying what is missing."""
+
+
+class Deadlines(Settings):
+    """No call waits longer; the error names role, rank and verb."""
+
+    start_s: PositiveFloat = 600
+    """Loading a model into a role."""
+    call_s: PositiveFloat = 1800
+    """One score, update, save or generate call."""
+    sync_s: PositiveFloat = 300
+    """One weight sync."""

@@ -22,7 +22,7 @@ import psutil
 
 from actors.engine_params import Device, drawing, environment, is_eager, reading, tokenizer_and_ends
 from actors.weights.wire import Address, Transport
-from actors.worker import RosterLine
+from actors.worker import RosterLine, settle_heap
 from orchestrator.batch import Prompt, Rollout, StopReason
 from orchestrator.config import EngineConfig
 from orchestrator.roles import Sampling, WeightReceipt
@@ -69,6 +69,7 @@ class EngineWorker:
         self._children = _processes(self._llm)
         self._tokenizer, self._stop_ids = tokenizer_and_ends(self._model, self._revision)
         await self._llm.update_weight_version(str(self._version))
+        settle_heap()
 
     def _arguments(self) -> Any:
         from vllm import AsyncEngineArgs  # noqa: PLC0415
@@ -88,6 +89,8 @@ class EngineWorker:
             max_num_seqs=config.max_num_seqs,
             enforce_eager=self._eager,
             enable_prefix_caching=True,
+            # vLLM rewinds a seeded sampler after a part of a prompt, and its CPU generators cannot be rewound.
+            enable_chunked_prefill=not on_cpu,
             logprobs_mode="processed_logprobs",  # those of the distribution that was drawn from
             skip_tokenizer_init=True,
             worker_extension_cls="actors.weights.receivers.WorkerExtension",

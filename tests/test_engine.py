@@ -180,6 +180,25 @@ def test_a_prompt_leaves_room_or_is_refused(tied: Rig) -> None:
         tied.run(tied.engine.generate(full, 1, draw(), [0]))
 
 
+def test_prompts_that_do_not_fit_in_one_step_of_the_engine_are_sampled_as_alone(tied: Rig) -> None:
+    """A prompt computed in parts would have vLLM rewind its seeded sampler, and kill a CPU engine."""
+    rows = torch.randint(3, 259, (80, 200), generator=torch.Generator().manual_seed(2)).tolist()
+    prompts = [
+        Prompt(uid=f"0/{k}", row=k, tokens=tuple(row), text="", label=None) for k, row in enumerate(rows)
+    ]
+
+    async def ask(some: list[Prompt]) -> list[list[Rollout]]:
+        return await asyncio.gather(
+            *(tied.engine.generate(p, 1, draw(max_new_tokens=4), [p.row]) for p in some)
+        )
+
+    together = [group[0] for group in tied.run(ask(prompts))]
+    assert len(together) == 80
+    for rollout in together[-2:]:  # the last to be computed
+        assert rollout.tokens == tied.run(ask([rollout.prompt]))[0][0].tokens
+        assert_close(rollout.logprobs[200:], tied.truth(rollout.tokens)[199:])
+
+
 def test_rollouts_in_flight_continue_under_the_new_weights_and_name_the_oldest(tied: Rig) -> None:
     """Each token's log-prob is that of the old model up to one point and of the new one from there, never a
     mixture: the keys and values of the old weights are gone."""

@@ -89,7 +89,7 @@ class EngineWorker:
             max_num_seqs=config.max_num_seqs,
             enforce_eager=self._eager,
             enable_prefix_caching=True,
-            # vLLM rewinds a seeded sampler after a part of a prompt, and its CPU generators cannot be rewound.
+            # vLLM rewinds a seeded sampler after a part of a prompt, which its CPU generators cannot.
             enable_chunked_prefill=not on_cpu,
             logprobs_mode="processed_logprobs",  # those of the distribution that was drawn from
             skip_tokenizer_init=True,

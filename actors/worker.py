@@ -46,7 +46,7 @@ def own_address() -> str:
 
 
 def settle_heap() -> None:
-    """Takes what is loaded out of the garbage collector's sight: looking through it again costs 0.3 s a time."""
+    """Hides what is loaded from the garbage collector: another look through all of it takes 0.3 s."""
     gc.collect()
     gc.freeze()
 

@@ -8,13 +8,14 @@ travels the sender sums it up and flattens the next, and the receiver loads the 
 
 import datetime
 from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore, Work
 
 from actors.weights.checksum import digest, resolve
-from actors.weights.wire import Address, Bucket, TensorMeta, agreed, num_bytes, plan
+from actors.weights.wire import Address, Bucket, Sending, TensorMeta, Transport, agreed, num_bytes, plan
 from orchestrator.roles import WeightReceipt
 
 
@@ -60,18 +61,14 @@ def _request(group: ProcessGroupGloo, bucket: Bucket) -> tuple[Tensor, Work]:
     return flat, broadcast(group, flat)
 
 
-class GlooSender:
+class GlooSender(Sending):
     """See ``wire.Sender``. Ranks other than 0 only iterate, so that ZeRO-3's gathers find all ranks."""
 
-    def __init__(
-        self, *, rank: int, host: str, dtype: torch.dtype, bucket_mb: int, timeout_s: float = 60
-    ) -> None:
-        self._rank, self._host, self._dtype, self._timeout_s = rank, host, dtype, timeout_s
-        self._bucket_bytes = bucket_mb << 20
-        self._address: Address | None = None
-        self._store: TCPStore | None = None
-        self._group: ProcessGroupGloo | None = None
-        self._buckets: list[Bucket] = []
+    transport: ClassVar[Transport] = "gloo"
+    _address: Address | None = None
+    _store: TCPStore | None = None
+    _group: ProcessGroupGloo | None = None
+    _buckets: Sequence[Bucket] = ()
 
     def open(self, tensors: Sequence[TensorMeta], *, world_size: int) -> Address:
         self.close()
@@ -81,16 +78,7 @@ class GlooSender:
             self._store = TCPStore(self._host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
             port = self._store.port
         self._buckets = plan(tensors, self._dtype, self._bucket_bytes)
-        self._address = Address(
-            transport="gloo",
-            host=self._host,
-            port=port,
-            world_size=world_size,
-            dtype=str(self._dtype).removeprefix("torch."),
-            bucket_bytes=self._bucket_bytes,
-            timeout_s=self._timeout_s,
-            tensors=tuple(tensors),
-        )
+        self._address = self._address_of(tensors, world_size, port)
         return self._address
 
     @torch.no_grad()

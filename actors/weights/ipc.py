@@ -14,7 +14,7 @@ are: the store listens on the loopback interface only.
 import datetime
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ from vllm.distributed.weight_transfer.ipc_engine import (
 )
 
 from actors.weights.receivers import TappedReceiver
-from actors.weights.source import Source, Undriven, VllmSender
-from actors.weights.wire import Address, TensorMeta, Transport, num_bytes
+from actors.weights.source import Source, Undriven
+from actors.weights.wire import Address, Sending, TensorMeta, Transport, num_bytes
 from orchestrator.roles import WeightReceipt
 
 _LOOPBACK = "127.0.0.1"
@@ -68,10 +68,10 @@ def letters(store: TCPStore, version: int, rank: int) -> Iterator[dict[str, Any]
         bucket += 1
 
 
-class IpcSender(VllmSender):
+class IpcSender(Sending):
     """See ``wire.Sender``. All ranks of the actor send: each serves the worker on its GPU."""
 
-    transport: Transport = "ipc"
+    transport: ClassVar[Transport] = "ipc"
     _engine: IPCTrainerWeightTransferEngine | None = None
 
     def open(self, tensors: Sequence[TensorMeta], *, world_size: int) -> Address:
@@ -90,7 +90,7 @@ class IpcSender(VllmSender):
         self._engine = IPCTrainerWeightTransferEngine.trainer_init(
             init, client=self._outbox, source=self._source
         )
-        return self._address(tensors, world_size, store.port if store else 0)
+        return self._address_of(tensors, world_size, store.port if store else 0)
 
     @torch.no_grad()
     def send(self, named: Iterable[tuple[str, Tensor]], version: int) -> WeightReceipt:

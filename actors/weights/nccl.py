@@ -7,6 +7,7 @@ and the process must go.
 
 import socket
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,21 +20,21 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 )
 
 from actors.weights.receivers import TappedReceiver
-from actors.weights.source import Source, Undriven, VllmSender
-from actors.weights.wire import Address, TensorMeta, Transport
+from actors.weights.source import Source, Undriven
+from actors.weights.wire import Address, Sending, TensorMeta, Transport
 from orchestrator.roles import WeightReceipt
 
 
-class NcclSender(VllmSender):
+class NcclSender(Sending):
     """See ``wire.Sender``. The current CUDA device must be the rank's."""
 
-    transport: Transport = "nccl"
+    transport: ClassVar[Transport] = "nccl"
     _engine: NCCLTrainerWeightTransferEngine | None = None
 
     def open(self, tensors: Sequence[TensorMeta], *, world_size: int) -> Address:
         self.close()
         self._source = Source(tensors, self._dtype)
-        self._opened = self._address(tensors, world_size, _free_port(self._host))
+        self._opened = self._address_of(tensors, world_size, _free_port(self._host))
         return self._opened
 
     @torch.no_grad()

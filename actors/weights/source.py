@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from actors.weights.checksum import digest, resolve
-from actors.weights.wire import Address, TensorMeta, Transport, agreed, num_bytes
+from actors.weights.wire import TensorMeta, agreed, num_bytes
 from orchestrator.roles import WeightReceipt
 
 
@@ -50,27 +50,3 @@ class Undriven:
     def start_weight_update(self) -> None: ...
     def update_weights(self, update_info: Any) -> None: ...
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
-
-
-class VllmSender:
-    """What the NCCL and IPC senders share."""
-
-    transport: Transport
-
-    def __init__(
-        self, *, rank: int, host: str, dtype: torch.dtype, bucket_mb: int, timeout_s: float = 60
-    ) -> None:
-        self._rank, self._host, self._dtype, self._timeout_s = rank, host, dtype, timeout_s
-        self._bucket_bytes = bucket_mb << 20
-
-    def _address(self, tensors: Sequence[TensorMeta], world_size: int, port: int) -> Address:
-        return Address(
-            transport=self.transport,
-            host=self._host,
-            port=port,
-            world_size=world_size,
-            dtype=str(self._dtype).removeprefix("torch."),
-            bucket_bytes=self._bucket_bytes,
-            timeout_s=self._timeout_s,
-            tensors=tuple(tensors),
-        )

@@ -7,7 +7,7 @@ starts at a multiple of 16 bytes, so that it can be viewed in its own type where
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +66,30 @@ class Sender(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Sending:
+    """What the senders of all transports share."""
+
+    transport: ClassVar[Transport]
+
+    def __init__(
+        self, *, rank: int, host: str, dtype: torch.dtype, bucket_mb: int, timeout_s: float = 60
+    ) -> None:
+        self._rank, self._host, self._dtype, self._timeout_s = rank, host, dtype, timeout_s
+        self._bucket_bytes = bucket_mb << 20
+
+    def _address_of(self, tensors: Sequence[TensorMeta], world_size: int, port: int) -> Address:
+        return Address(
+            transport=self.transport,
+            host=self._host,
+            port=port,
+            world_size=world_size,
+            dtype=str(self._dtype).removeprefix("torch."),
+            bucket_bytes=self._bucket_bytes,
+            timeout_s=self._timeout_s,
+            tensors=tuple(tensors),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,4 +43,5 @@ class Optimizer(Settings):
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO: what is sharded over the ranks (1 optimizer state, 2 + gradients, 3 + parameters)."""
+    """DeepSpeed ZeRO: what is sharded over the ranks (1 optimizer state, 2 + gradients, 3 + parameters). On
+    one rank float32 always runs at 0; bfloat16 runs at 2 or 3, the stages that add up in float32."""

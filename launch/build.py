@@ -26,7 +26,7 @@ from actors.reward_function import FunctionReward
 from actors.worker import RosterLine
 from launch.cluster import Cluster
 from launch.engines import connect_weights, spawn_engines
-from launch.environment import WORKER_ENV
+from launch.environment import MODEL_ENV, WORKER_ENV
 from orchestrator.config import Model, Optimizer, Run, Workers
 from orchestrator.placement import Layout
 from orchestrator.roles import Role, Roles
@@ -49,7 +49,7 @@ class Crew:
     async def group(self, cls: type, group_cls: type[G], role: str, **settings: Any) -> G:
         """Starts a role's workers and waits until each has its model."""
         place: Workers = getattr(self.run.roles, role)
-        env = {**WORKER_ENV, "OMP_NUM_THREADS": str(place.threads)}
+        env = {**WORKER_ENV, **MODEL_ENV, "OMP_NUM_THREADS": str(place.threads)}
         workers = [
             spawn(cls, who=f"{role} rank {rank}", seat=seat, group=self.groups[seat.group], env=env,
                   deadlines=self.run.deadlines, **settings)

@@ -11,6 +11,20 @@ WORKER_ENV = {
     "OMP_WAIT_POLICY": "passive",  # spinning threads of idle roles would take the cores of the busy one
 }
 
+# Activations of 100 MB come and go in every layer. glibc gives each back to the kernel and takes it again,
+# 4 KB at a time; kept, and in 2 MB pages, an update of SmolLM2-135M on CPUs takes half the time.
+MODEL_ENV = {
+    "GLIBC_TUNABLES": ":".join(
+        f"glibc.malloc.{name}={value}"
+        for name, value in {
+            "hugetlb": 1,
+            "mmap_threshold": 2**32,
+            "trim_threshold": 2**33,
+            "top_pad": 2**26,
+        }.items()
+    )
+}
+
 
 def prepare_environment() -> None:
     """For the driver and, by inheritance, for a Ray that it starts itself. What the user has set stays."""

@@ -19,7 +19,7 @@ Example, "2+3=5" with the five sampled and an end-of-sequence token 9, one token
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -64,7 +64,9 @@ class ScoredRollout:
     """A rollout with its reward: finite, or it does not exist (``Reward.score`` refuses NaN)."""
 
     rollout: Rollout
-    reward: float
+    reward: float  # the weighted sum of the run's rewards, before shaping
+    parts: dict[str, float] = field(default_factory=dict)  # each reward's own, by name
+    baseline: float | None = None  # reward of the greedy response to the same prompt; None: not drawn
 
 
 class _Columns:
@@ -74,11 +76,11 @@ class _Columns:
 
     def __post_init__(self) -> None:
         B, T = self.tokens.shape  # type: ignore[attr-defined]
-        for field in fields(self):  # type: ignore[arg-type]
-            shape = getattr(getattr(self, field.name), "shape", None)
-            if shape is not None and tuple(shape) not in ((B, T), (B,)):
+        for column in fields(self):  # type: ignore[arg-type]
+            shape = getattr(getattr(self, column.name), "shape", None)
+            if shape is not None and tuple(shape[:2]) not in ((B, T), (B,)):
                 raise ValueError(
-                    f"{type(self).__name__}.{field.name} has shape {tuple(shape)}; "
+                    f"{type(self).__name__}.{column.name} has shape {tuple(shape)}; "
                     f"expected ({B}, {T}) or ({B},)"
                 )
 
@@ -94,6 +96,8 @@ class Batch(_Columns):
     rewards: Tensor  # [B] float32
     groups: Tensor  # [B] int64: rollouts of one prompt share a number, 0, 1, ... in order of appearance
     versions: Tensor  # [B] int64
+    stopped: Tensor  # [B] bool: the policy ended by itself
+    baselines: Tensor | None  # [B] None when no greedy response was drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +115,8 @@ class Experience(_Columns):
     old_values: Tensor | None  # [B, T] critic before this step; None when the run has no critic
     returns: Tensor | None  # [B, T] critic targets; None when the run has no critic
     ref_logprobs: Tensor | None  # [B, T] None when the run has no reference
+    kl_coef: float = 0.0
+    ref_distribution: Tensor | None = None  # [B, T, V]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +146,7 @@ class PolicyOutput:
 
     logprobs: Tensor  # [B, T] of the tokens under the sampling temperature, 0.0 off the mask asked for
     entropy: Tensor | None  # [B, T] of the whole distribution; None unless the loss asks for it
+    distribution: Tensor | None = None  # [B, T, V] log-probs of the whole vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

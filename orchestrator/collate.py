@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from orchestrator.batch import Batch, Examples, Experience, ScoredRollout
+from orchestrator.batch import Batch, Examples, Experience, ScoredRollout, StopReason
 
 R = TypeVar("R", Batch, Experience, Examples)
 
@@ -26,6 +26,8 @@ def collate(scored: Sequence[ScoredRollout], *, pad_id: int) -> Batch:
         rewards=torch.tensor([s.reward for s in scored], dtype=torch.float32),
         groups=torch.tensor(groups, dtype=torch.int64),
         versions=torch.tensor([r.version for r in rollouts], dtype=torch.int64),
+        stopped=torch.tensor([r.stop is StopReason.EOS for r in rollouts], dtype=torch.bool),
+        baselines=None if scored[0].baseline is None else torch.tensor([s.baseline for s in scored]),
     )
 
 
@@ -58,5 +60,5 @@ def take(records: R, rows: Tensor | Iterable[int]) -> R:
     for field in fields(records):
         value = getattr(records, field.name)
         if isinstance(value, Tensor):
-            changed[field.name] = value[index, :T] if value.dim() == 2 else value[index]
+            changed[field.name] = value[index, :T] if value.dim() >= 2 else value[index]
     return replace(records, **changed)

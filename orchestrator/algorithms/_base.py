@@ -20,6 +20,7 @@ class AlgorithmConfig(Settings):
 
     name: ClassVar[str]
     compares_siblings: ClassVar[bool] = False  # True: one sample per prompt gives no signal
+    greedy_baseline: ClassVar[bool] = False  # True: a greedy response is drawn per prompt
 
     @abstractmethod
     def roles(self) -> frozenset[str]:
@@ -35,8 +36,19 @@ class AlgorithmConfig(Settings):
         """Whether ``policy_loss`` reads the entropy of the whole distribution."""
         return False
 
+    @property
+    def wants_distribution(self) -> bool:
+        return False
+
+    @property
+    def initial_kl_coef(self) -> float:
+        return float(getattr(self, "kl_coef", 0.0))
+
+    def next_kl_coef(self, coef: float, metrics: dict[str, float], num_sequences: int) -> float:
+        return coef
+
     @abstractmethod
-    def experience(self, batch: Batch, scores: dict[str, Tensor]) -> tuple[Experience, dict[str, float]]:
+    def experience(self, batch: Batch, scores: dict[str, Tensor], kl_coef: float) -> tuple[Experience, dict[str, float]]:
         """Rewards and scores ("actor" if wanted, "critic", "reference": [B, T]) -> advantages and targets."""
 
     @abstractmethod

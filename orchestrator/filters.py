@@ -1,4 +1,5 @@
 """SHIM."""
+
 from collections.abc import Sequence
 
 from pydantic import PositiveInt

@@ -1,7 +1,10 @@
 """SHIM."""
+
 from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,5 +23,7 @@ class Shaping(Settings):
     pass
 
 
-def shape(batch: Batch, settings: Shaping, stats: RunningStats) -> tuple[Tensor, RunningStats, dict[str, float]]:
+def shape(
+    batch: Batch, settings: Shaping, stats: RunningStats
+) -> tuple[Tensor, RunningStats, dict[str, float]]:
     return batch.rewards, stats, {}

@@ -48,7 +48,9 @@ class AlgorithmConfig(Settings):
         return coef
 
     @abstractmethod
-    def experience(self, batch: Batch, scores: dict[str, Tensor], kl_coef: float) -> tuple[Experience, dict[str, float]]:
+    def experience(
+        self, batch: Batch, scores: dict[str, Tensor], kl_coef: float
+    ) -> tuple[Experience, dict[str, float]]:
         """Rewards and scores ("actor" if wanted, "critic", "reference": [B, T]) -> advantages and targets."""
 
     @abstractmethod

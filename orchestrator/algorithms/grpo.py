@@ -46,7 +46,9 @@ class GRPO(AlgorithmConfig):
     def wants_scores(self, num_updates: int) -> bool:
         return num_updates > 1
 
-    def experience(self, batch: Batch, scores: dict[str, Tensor], kl_coef: float) -> tuple[Experience, dict[str, float]]:
+    def experience(
+        self, batch: Batch, scores: dict[str, Tensor], kl_coef: float
+    ) -> tuple[Experience, dict[str, float]]:
         mask = batch.action_mask
         advantages = group_advantages(
             batch.rewards, batch.groups, mask.any(1), divide_by_std=self.divide_by_std, eps=self.std_eps

@@ -66,7 +66,9 @@ class PPO(AlgorithmConfig):
     def wants_entropy(self) -> bool:
         return self.entropy_coef is not None
 
-    def experience(self, batch: Batch, scores: dict[str, Tensor], kl_coef: float) -> tuple[Experience, dict[str, float]]:
+    def experience(
+        self, batch: Batch, scores: dict[str, Tensor], kl_coef: float
+    ) -> tuple[Experience, dict[str, float]]:
         mask, values = batch.action_mask, scores["critic"]
         metrics: dict[str, float] = {}
         rewards = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def take(records: R, rows: Tensor | Iterable[int]) -> R:
     """The chosen rows, without the columns that only other rows needed."""
     index = rows if isinstance(rows, Tensor) else torch.tensor(list(rows), dtype=torch.int64)
     T = max(1, int(records.attention_mask[index].sum(1).max()))
-    changed = {}
+    changed: dict[str, Any] = {}
     for field in fields(records):
         value = getattr(records, field.name)
         if isinstance(value, Tensor):

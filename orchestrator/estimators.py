@@ -1,4 +1,4 @@
-"""Pure tensor functions that algorithms are made of: KL, advantages, whitening, masked means.
+"""Pure tensor functions that algorithms are made of: returns, advantages, whitening, masked means.
 
 Tensor methods only, no torch import, so that the configuration tree that holds the algorithms loads in a
 moment. ``mask`` is always the action mask, [B, T] bool. A value under a False mask never reaches a result,
@@ -7,27 +7,12 @@ whatever it is, NaN included (BUGS B1, C5).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KLEstimator = Literal["k1", "k2", "k3"]
-
-
-def kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: KLEstimator) -> Tensor:
-    """[B, T] estimate of KL(policy || reference) from one sample per position; 0 off the mask.
-
-    With d = log p - log q (joschu.net/blog/kl-approx.html): k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
-    Not clamped: a clamp kills the gradient exactly where the drift is large (BUGS B13; OpenRLHF clamps to
-    +-10).
-    """
-    d = (logprobs - ref_logprobs).where(mask, 0.0)
-    if estimator == "k1":
-        return d
-    if estimator == "k2":
-        return d * d / 2
-    return (-d).exp() - 1 + d
+BLOCK = 64  # tokens that the scan takes at once: as wide as a matrix product is still cheap
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -39,12 +24,15 @@ def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """[B, T] shifted and scaled to mean 0, biased variance 1 over the mask of the whole batch; 0 off the
     mask.
 
-    The variance is the biased one, as in OpenRLHF; verl and SkyRL divide by n - 1. A constant input gives 0.
+    The variance is the biased one, as in OpenRLHF; verl and SkyRL divide by n - 1. Equal values give exactly
+    0, though their mean is rounded.
     """
-    kept = values.where(mask, 0.0)
     count = mask.sum().clamp(min=1)
-    centred = (kept - kept.sum() / count).where(mask, 0.0)
-    return centred * (centred.square().sum() / count + eps).rsqrt()
+    row = mask.any(1).int().argmax()
+    first = values[row, mask[row].int().argmax()].nan_to_num()  # shifting by it is exact for equals
+    centred = values.where(mask, first).sub_(first)
+    centred = centred.sub_(centred.sum() / count).where(mask, 0.0)
+    return centred.mul_((centred.square().sum() / count + eps).rsqrt())
 
 
 def token_rewards(rewards: Tensor, token_penalty: Tensor, mask: Tensor) -> Tensor:
@@ -52,9 +40,11 @@ def token_rewards(rewards: Tensor, token_penalty: Tensor, mask: Tensor) -> Tenso
 
     A sequence without action tokens gets none (FAULTS 23).
     """
-    counted = mask.cumsum(1)
-    last = mask & (counted == counted[:, -1:])
-    return rewards[:, None].where(last, 0.0) - token_penalty.where(mask, 0.0)
+    T = mask.shape[1]
+    last = T - 1 - mask.flip(1).int().argmax(1)
+    here = mask.any(1)
+    placed = -token_penalty.where(mask, 0.0)
+    return placed.scatter_add(1, last[:, None], rewards.to(placed.dtype).where(here, 0.0)[:, None])
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -69,37 +59,102 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     lam = 1 is the Monte Carlo return minus the value, lam = 0 the one-step TD error.
     """
     rewards, values = rewards.where(mask, 0.0), values.where(mask, 0.0)
-    next_value = next_advantage = values.new_zeros(len(values))
-    columns = []
-    for t in reversed(range(values.shape[1])):
-        here = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * next_advantage
-        next_value = values[:, t].where(here, next_value)
-        next_advantage = advantage.where(here, next_advantage)
-        columns.append(next_advantage.where(here, 0.0))
-    advantages = values.new_empty(values.shape)
-    for t, column in enumerate(reversed(columns)):
-        advantages[:, t] = column
-    return advantages, (advantages + values).where(mask, 0.0)
+    if _has_gaps(mask):
+        in_front = _in_front(mask)
+        packed = _gae(_pack(rewards, mask, in_front), _pack(values, mask, in_front), gamma, lam)
+        advantages = values.new_zeros(values.shape)
+        advantages[mask] = packed[in_front]
+    else:
+        advantages = _gae(rewards, values, gamma, lam).where(mask, 0.0)
+    return advantages, advantages + values
 
 
-def group_advantages(
-    rewards: Tensor, groups: Tensor, valid: Tensor, *, divide_by_std: bool, eps: float
-) -> Tensor:
-    """[B] reward minus the mean of its group, divided by the group's unbiased standard deviation if asked.
+def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """[B, T] discounted sum of the rewards from each action on, 0 off the mask; other tokens are skipped and
+    not counted as steps."""
+    return gae(rewards, rewards.new_zeros(rewards.shape), mask, gamma=gamma, lam=1.0)[0]
 
-    GRPO, arXiv:2402.03300 section 4.1.2. ``valid`` [B] leaves sequences without action tokens out of the
-    statistics (OpenRLHF#1239 lets them shift the baseline); they get 0. A group of one, or of equals, gets 0:
-    never NaN (BUGS B8).
+
+def _gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
+    """Where each action follows the one before it, and all is 0 after the last."""
+    deltas = rewards - values
+    deltas[:, :-1] += gamma * values[:, 1:]
+    return discounted_sums(deltas, gamma * lam)
+
+
+def discounted_sums(values: Tensor, decay: float) -> Tensor:
+    """[B, T]: sum over s >= t of decay^(s - t) values_s.
+
+    By blocks of time: a product with the matrix of powers inside each block, then one step per block that
+    carries the sum of what is behind it.
     """
+    B, T = values.shape
+    num_blocks = -(-T // BLOCK)
+    padded = values.new_zeros(B, num_blocks * BLOCK)
+    padded[:, :T] = values
+    place = values.new_ones(BLOCK).cumsum(0) - 1
+    distance = place[:, None] - place[None, :]
+    powers = (decay ** distance.clamp(min=0)).where(distance >= 0, 0.0)
+    within = (padded.view(-1, BLOCK) @ powers).view(B, num_blocks, BLOCK)
+    behind = values.new_zeros(B, num_blocks)  # the sum from the first token of the next block on
+    for block in reversed(range(num_blocks - 1)):
+        behind[:, block] = within[:, block + 1, 0] + decay**BLOCK * behind[:, block + 1]
+    within += behind[:, :, None] * decay ** (BLOCK - place)
+    return within.view(B, -1)[:, :T]
+
+
+def _has_gaps(mask: Tensor) -> bool:
+    """Whether in some row a token that is no action lies between two actions."""
+    starts = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0]
+    return bool((starts > 1).any())
+
+
+def _in_front(mask: Tensor) -> Tensor:
+    """[B, A] bool: as many True at the front of each row as the row has actions, A the most of any."""
+    lengths = mask.sum(1, keepdim=True)
+    columns = lengths.new_ones(1, max(1, int(lengths.max()))).cumsum(1)
+    return columns <= lengths
+
+
+def _pack(values: Tensor, mask: Tensor, in_front: Tensor) -> Tensor:
+    """[B, T] -> [B, A]: the actions' values side by side, 0 behind them."""
+    packed = values.new_zeros(in_front.shape)
+    packed[in_front] = values[mask]
+    return packed
+
+
+def group_sums(values: Tensor, groups: Tensor) -> Tensor:
+    """[B] -> [B]: each row gets the sum over its group."""
     num_groups = int(groups.max()) + 1 if len(groups) else 0
-    zeros = rewards.new_zeros(num_groups)
-    kept = rewards.where(valid, 0.0)
-    size = zeros.index_add(0, groups, valid.to(rewards.dtype))
-    mean = zeros.index_add(0, groups, kept) / size.clamp(min=1)
-    centred = (rewards - mean[groups]).where(valid, 0.0)
-    if not divide_by_std:
-        return centred
-    variance = zeros.index_add(0, groups, centred.square()) / (size - 1).clamp(min=1)
-    return centred / (variance.sqrt() + eps)[groups]
+    return values.new_zeros(num_groups).index_add(0, groups, values)[groups]
+
+
+def flat_groups(rewards: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
+    """[B] bool: whether the valid rewards of the row's group are all equal; they carry no signal."""
+    num_groups = int(groups.max()) + 1 if len(groups) else 0
+    infinite = rewards.new_full((num_groups,), float("inf"))
+    low = infinite.scatter_reduce(0, groups, rewards.where(valid, float("inf")), "amin")
+    high = (-infinite).scatter_reduce(0, groups, rewards.where(valid, -float("inf")), "amax")
+    return (low >= high)[groups]
+
+
+def group_centred(rewards: Tensor, groups: Tensor, valid: Tensor, *, leave_one_out: bool = False) -> Tensor:
+    """[B] reward minus the mean of its group, or of the others in its group (RLOO, arXiv:2402.14740 eq. 9).
+
+    ``valid`` [B] leaves sequences without action tokens out of the statistics (OpenRLHF#1239 lets them shift
+    the baseline); they get 0. A group of one, or of equals, gets exactly 0: never NaN (BUGS B8), and not its
+    raw reward as in verl.
+    """
+    size = group_sums(valid.to(rewards.dtype), groups)
+    centred = rewards - group_sums(rewards.where(valid, 0.0), groups) / size.clamp(min=1)
+    if leave_one_out:  # r - (S - r) / (n - 1) = (r - S / n) * n / (n - 1)
+        centred = centred * size / (size - 1).clamp(min=1)
+    return centred.where(valid & ~flat_groups(rewards, groups, valid), 0.0)
+
+
+def group_normalised(rewards: Tensor, groups: Tensor, valid: Tensor, *, eps: float) -> Tensor:
+    """[B] ``group_centred`` divided by the group's unbiased standard deviation plus ``eps`` (GRPO,
+    arXiv:2402.03300 section 4.1.2)."""
+    centred = group_centred(rewards, groups, valid)
+    others = (group_sums(valid.to(rewards.dtype), groups) - 1).clamp(min=1)
+    return centred / ((group_sums(centred.square(), groups) / others).sqrt() + eps)

@@ -65,7 +65,7 @@ async def train(  # noqa: PLR0913 - a run, by name
             synced = await proof
 
             scores = await score(roles, batch, rl)
-            experience, shaped = rl.algorithm.experience(batch, scores)
+            experience, shaped = rl.algorithm.experience(batch, scores, rl.algorithm.initial_kl_coef)
             if "actor" in scores:
                 shaped |= logprob_mismatch(scores["actor"], batch)
 
@@ -94,7 +94,11 @@ async def learn(roles: Roles, experience: Experience, rl: RL, *, seed: int) -> M
     """Every learner steps on the same minibatch at once; one call is one optimizer step."""
     history: list[Metrics] = []
     for minibatch in minibatches(
-        experience, rl.updates, constant_length=rl.sampling.max_new_tokens, seed=seed
+        experience,
+        rl.updates,
+        aggregate=rl.updates.aggregate or rl.algorithm.aggregate,
+        constant_length=rl.sampling.max_new_tokens,
+        seed=seed,
     ):
         learners = dict(roles.learners())
         answers = await asyncio.gather(*(learner.update(minibatch) for learner in learners.values()))

@@ -17,7 +17,7 @@ from orchestrator.settings import Aggregate
 
 
 def minibatches(
-    experience: Experience, updates: Updates, *, constant_length: int, seed: int
+    experience: Experience, updates: Updates, *, aggregate: Aggregate, constant_length: int, seed: int
 ) -> Iterator[Minibatch]:
     """``epochs`` passes in ``minibatches`` equal steps each, shuffled by ``seed``.
 
@@ -33,7 +33,7 @@ def minibatches(
         for rows in order.view(count, B // count):
             mask = experience.action_mask[rows]
             yield Minibatch(
-                records=experience, rows=rows, weights=token_weights(mask, updates.aggregate, constant_length)
+                records=experience, rows=rows, weights=token_weights(mask, aggregate, constant_length)
             )
 
 

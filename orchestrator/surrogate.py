@@ -1,4 +1,4 @@
-"""The clipped losses that most algorithms share, per token and before any reduction."""
+"""The losses that several algorithms share, per token and before any reduction."""
 
 from __future__ import annotations
 
@@ -11,31 +11,49 @@ if TYPE_CHECKING:
 
 
 def clipped_surrogate(
-    logprobs: Tensor, part: Experience, *, low: float, high: float, dual: float | None = None
+    logprobs: Tensor, old: Tensor, part: Experience, *, low: float, high: float, dual: float | None = None
 ) -> Loss:
     """max(-r A, -clip(r, 1 - low, 1 + high) A), [B, T], 0 off the mask (arXiv:1707.06347 eq. 7).
 
-    r = exp(logprobs - old_logprobs). Where the experience has no old_logprobs, the update is the only one of
-    its step and the policy is its own predecessor: r is 1 and its gradient that of the log-prob. ``dual`` > 1
-    caps the loss of a negative advantage at dual * -A (arXiv:1912.09729 eq. 5).
+    r = exp(logprobs - old), not clamped. ``dual`` > 1 caps the loss of a negative advantage at dual * -A
+    (arXiv:1912.09729 eq. 5).
     """
-    mask = part.action_mask
-    old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
-    log_ratio = (logprobs - old).where(mask, 0.0)
-    advantages = part.advantages.where(mask, 0.0)
-    ratio = log_ratio.exp()
+    ratio = ratios(logprobs, old, part)
+    return clip_ratio(ratio, part, low=low, high=high, dual=dual)
+
+
+def clip_ratio(
+    ratio: Tensor, part: Experience, *, low: float, high: float, dual: float | None = None
+) -> Loss:
+    """The same of any [B, T] ratio."""
+    advantages = part.advantages.where(part.action_mask, 0.0)
     plain, clipped = -ratio * advantages, -ratio.clamp(1 - low, 1 + high) * advantages
     loss = plain.maximum(clipped)
     if dual is not None:
         loss = loss.minimum(-dual * advantages).where(advantages < 0, loss)
-    detached = log_ratio.detach()
-    metrics = {
-        "clip_fraction": (clipped > plain).to(logprobs.dtype).detach(),
-        "approx_kl": detached.exp() - 1 - detached,  # k3 of the step itself: KL(old || new)
-    }
-    if part.old_logprobs is None:  # else the driver compares the scores; later updates have moved away
-        metrics["rollout_logprob_diff_mean"] = (old - part.rollout_logprobs).abs().where(mask, 0.0)
-    return Loss(values=loss, metrics=metrics)
+    return Loss(values=loss, metrics={"clip_fraction": (clipped > plain).to(ratio.dtype).detach()})
+
+
+def unclipped_surrogate(logprobs: Tensor, old: Tensor, part: Experience) -> Loss:
+    """-r A, [B, T]: the policy gradient, exact for rollouts of the policy before the step."""
+    return Loss(
+        values=-ratios(logprobs, old, part) * part.advantages.where(part.action_mask, 0.0), metrics={}
+    )
+
+
+def log_ratios(logprobs: Tensor, old: Tensor, part: Experience) -> Tensor:
+    """[B, T] 0 off the mask."""
+    return (logprobs - old).where(part.action_mask, 0.0)
+
+
+def ratios(logprobs: Tensor, old: Tensor, part: Experience) -> Tensor:
+    """[B, T] 1 off the mask."""
+    return log_ratios(logprobs, old, part).exp()
+
+
+def sequence_mean(values: Tensor, part: Experience) -> Tensor:
+    """[B, T], 0 off the mask -> [B, 1] mean over each response's tokens; 0 for a response without any."""
+    return values.sum(1, keepdim=True) / part.action_mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def clipped_value_loss(values: Tensor, part: Experience, *, clip: float | None) -> Loss:

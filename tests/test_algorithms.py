@@ -23,7 +23,8 @@ def batch_of(rewards, groups, lengths, width=6) -> Batch:
         tokens=torch.arange(B * width).reshape(B, width) % 7, attention_mask=attention,
         action_mask=attention & (columns >= 2), rollout_logprobs=torch.full((B, width), -1.0),
         rewards=torch.tensor(rewards), groups=torch.tensor(groups),
-        versions=torch.zeros(B, dtype=torch.int64),
+        versions=torch.zeros(B, dtype=torch.int64), stopped=torch.ones(B, dtype=torch.bool),
+        baselines=torch.zeros(B),
     )  # fmt: skip
 
 
@@ -47,6 +48,15 @@ def experience_of(advantages, old, mask, *, returns=None, values=None, ref=None)
     )  # fmt: skip
 
 
+def surrogate(logprobs, part, **bounds):
+    old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
+    return clipped_surrogate(logprobs, old, part, **bounds)
+
+
+def cut(experience, updates):
+    return minibatches(experience, updates, aggregate="token_mean", constant_length=1, seed=0)
+
+
 @pytest.fixture(params=plugins.names(PACKAGE))
 def algorithm(request):
     return plugins.find(PACKAGE, request.param).CONFIG()
@@ -54,7 +64,7 @@ def algorithm(request):
 
 def test_equal_rewards_give_finite_losses(algorithm):
     batch = batch_of([1.0, 1.0, 1.0, 1.0], [0, 0, 1, 1], [5, 6, 4, 2])
-    experience, metrics = algorithm.experience(batch, scores_of(batch))
+    experience, metrics = algorithm.experience(batch, scores_of(batch), 0.1)
     output = PolicyOutput(logprobs=torch.full((4, 6), -1.0), entropy=None)
     assert torch.isfinite(algorithm.policy_loss(output, experience).values).all()
     assert all(math.isfinite(value) for value in metrics.values())
@@ -62,7 +72,7 @@ def test_equal_rewards_give_finite_losses(algorithm):
 
 def test_everything_is_zero_off_the_mask_even_beside_nan(algorithm):
     batch = batch_of([1.0, 2.0, 3.0, 5.0], [0, 0, 1, 1], [5, 6, 4, 3])
-    experience, _ = algorithm.experience(batch, scores_of(batch))
+    experience, _ = algorithm.experience(batch, scores_of(batch), 0.1)
     off = ~batch.action_mask
     assert (experience.advantages[off] == 0).all()
     logprobs = torch.full((4, 6), -1.0).masked_fill(off, float("nan")).requires_grad_()
@@ -76,25 +86,25 @@ def test_padding_and_order_of_rows_change_nothing(algorithm):
     narrow, wide = (batch_of([1.0, 2.0, 3.0, 5.0], [0, 0, 1, 1], [5, 6, 4, 3], width) for width in (6, 9))
     scores = scores_of(narrow)
     padded = {role: torch.nn.functional.pad(score, (0, 3), value=7.0) for role, score in scores.items()}
-    a, _ = algorithm.experience(narrow, scores)
-    b, _ = algorithm.experience(wide, padded)
+    a, _ = algorithm.experience(narrow, scores, 0.1)
+    b, _ = algorithm.experience(wide, padded, 0.1)
     torch.testing.assert_close(a.advantages, b.advantages[:, :6])
 
 
 def test_before_the_first_inner_step_the_ratio_is_one(algorithm):
     batch = batch_of([1.0, 2.0, 3.0, 5.0], [0, 0, 1, 1], [5, 6, 4, 3])
     scores = scores_of(batch)
-    experience, _ = algorithm.experience(batch, scores)
+    experience, _ = algorithm.experience(batch, scores, 0.1)
     metrics = algorithm.policy_loss(
         PolicyOutput(logprobs=scores["actor"].clone(), entropy=None), experience
     ).metrics
-    assert metrics["clip_fraction"].sum() == 0 and metrics["approx_kl"].abs().max() == 0
+    assert metrics.get("clip_fraction", torch.zeros(1)).sum() == 0 and metrics["approx_kl"].abs().max() == 0
 
 
 def test_clipped_surrogate_by_hand():
     # log ratios 0.5, -0.5, 0.1; ratios 1.6487, 0.6065, 1.1052; clip to [0.8, 1.2]
     part = experience_of([[2.0, -1.0, 3.0]], [[-1.5, -0.5, -1.1]], [[T, T, T]])
-    loss = clipped_surrogate(torch.tensor([[-1.0, -1.0, -1.0]], dtype=torch.float64), part, low=0.2, high=0.2)
+    loss = surrogate(torch.tensor([[-1.0, -1.0, -1.0]], dtype=torch.float64), part, low=0.2, high=0.2)
     assert loss.values[0].tolist() == pytest.approx([-2.4, 0.8, -3 * math.exp(0.1)])
     assert loss.metrics["clip_fraction"].tolist() == [[1, 1, 0]]
 
@@ -102,22 +112,20 @@ def test_clipped_surrogate_by_hand():
 def test_a_clipped_token_has_no_gradient_and_an_unclipped_one_that_of_the_ratio():
     part = experience_of([[2.0, 3.0]], [[-1.5, -1.1]], [[T, T]])
     logprobs = torch.tensor([[-1.0, -1.0]], dtype=torch.float64, requires_grad=True)
-    clipped_surrogate(logprobs, part, low=0.2, high=0.2).values.sum().backward()
+    surrogate(logprobs, part, low=0.2, high=0.2).values.sum().backward()
     assert logprobs.grad[0].tolist() == pytest.approx([0.0, -3 * math.exp(0.1)])
 
 
 def test_dual_clip_bounds_the_loss_of_a_bad_action_with_an_exploded_ratio():
     part = experience_of([[-1.0, 1.0]], [[-6.0, -6.0]], [[T, T]])
-    loss = clipped_surrogate(
-        torch.tensor([[-1.0, -1.0]], dtype=torch.float64), part, low=0.2, high=0.2, dual=3.0
-    )
+    loss = surrogate(torch.tensor([[-1.0, -1.0]], dtype=torch.float64), part, low=0.2, high=0.2, dual=3.0)
     assert loss.values[0].tolist() == pytest.approx([3.0, -1.2])
 
 
 def test_without_old_logprobs_the_gradient_is_that_of_the_policy_gradient():
     part = experience_of([[2.0, -1.0]], None, [[T, T]])
     logprobs = torch.tensor([[-1.0, -3.0]], dtype=torch.float64, requires_grad=True)
-    clipped_surrogate(logprobs, part, low=0.2, high=0.2).values.sum().backward()
+    surrogate(logprobs, part, low=0.2, high=0.2).values.sum().backward()
     assert logprobs.grad.tolist() == [[-2.0, 1.0]]
 
 
@@ -138,7 +146,7 @@ def test_ppo_puts_the_kl_into_the_reward():
         "actor": torch.tensor([[0, 0, -1.0, -1.0]]), "reference": torch.tensor([[0, 0, -1.4, -0.8]]),
         "critic": torch.tensor([[0, 0, 0.3, 0.1]]),
     }  # fmt: skip
-    experience, metrics = ppo.experience(batch, scores)
+    experience, metrics = ppo.experience(batch, scores, 0.5)
     # KL .4 and -.2; rewards -.2 and 2.1; returns 1.9 and 2.1
     assert experience.returns[0].tolist() == pytest.approx([0, 0, 1.9, 2.1])
     assert experience.advantages[0].tolist() == pytest.approx([0, 0, 1.6, 2.0])
@@ -148,7 +156,7 @@ def test_ppo_puts_the_kl_into_the_reward():
 def test_ppo_whitens_over_the_whole_batch():
     ppo = plugins.find(PACKAGE, "ppo").CONFIG(kl_coef=0.0)
     batch = batch_of([2.0, -1.0, 0.5], [0, 1, 2], [4, 6, 5])
-    kept = ppo.experience(batch, scores_of(batch))[0].advantages[batch.action_mask].double()
+    kept = ppo.experience(batch, scores_of(batch), 0.0)[0].advantages[batch.action_mask].double()
     assert kept.mean().item() == pytest.approx(0, abs=1e-6)
     assert kept.var(unbiased=False).item() == pytest.approx(1, abs=1e-5)
 
@@ -157,7 +165,7 @@ def test_grpo_by_hand():
     grpo = plugins.find(PACKAGE, "grpo").CONFIG(kl_coef=0.1)
     batch = batch_of([1.0, 3.0], [0, 0], [4, 4], width=4)
     ref = torch.tensor([[0, 0, -1.5, -1.0]] * 2)
-    experience, metrics = grpo.experience(batch, {"reference": ref})
+    experience, metrics = grpo.experience(batch, {"reference": ref}, 0.1)
     advantage = 1 / (math.sqrt(2) + 1e-6)
     assert experience.advantages[1].tolist() == pytest.approx([0, 0, advantage, advantage])
     assert metrics["groups_without_signal"] == 0
@@ -176,12 +184,16 @@ def test_token_weights_by_hand():
 
 def test_minibatches_cover_every_row_once_per_epoch_and_refuse_a_remainder():
     batch = batch_of([float(i) for i in range(8)], [0] * 8, [6] * 8)
-    experience, _ = plugins.find(PACKAGE, "grpo").CONFIG().experience(batch, {})
-    parts = list(minibatches(experience, Updates(epochs=2, minibatches=4), constant_length=1, seed=0))
+    experience, _ = plugins.find(PACKAGE, "grpo").CONFIG().experience(batch, {}, 0.0)
+    parts = list(
+        minibatches(
+            experience, Updates(epochs=2, minibatches=4), aggregate="token_mean", constant_length=1, seed=0
+        )
+    )
     assert [len(part.rows) for part in parts] == [2] * 8
     for epoch in (parts[:4], parts[4:]):
         assert sorted(torch.cat([part.rows for part in epoch]).tolist()) == list(range(8))
     with pytest.raises(
         ValueError, match="8 sequences do not split into 3 equal minibatches; pick a divisor of 8"
     ):
-        list(minibatches(experience, Updates(minibatches=3), constant_length=1, seed=0))
+        list(cut(experience, Updates(minibatches=3)))

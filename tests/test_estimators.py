@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from orchestrator.estimators import gae, group_advantages, kl, token_rewards, whiten
+from orchestrator.estimators import gae, group_centred, group_normalised, token_rewards, whiten
+from orchestrator.kl import kl
 
 T, F = True, False
 NAN = float("nan")
@@ -98,18 +99,18 @@ def test_the_reward_lands_on_the_last_action_and_the_penalty_on_every_action():
     assert out.tolist() == [[0, -0.5, 1.5, 0], [0, -0.5, 0, 2.5], [0, 0, 0, 0]]
 
 
-def test_group_advantages_by_hand():
+def test_advantages_within_a_group_by_hand():
     rewards, groups = t([1.0, 3.0, 10.0, 10.0, 4.0]), torch.tensor([0, 0, 1, 1, 2])
     valid = torch.ones(5, dtype=torch.bool)
-    centred = group_advantages(rewards, groups, valid, divide_by_std=False, eps=0.0)
+    centred = group_centred(rewards, groups, valid)
     assert centred.tolist() == [-1, 1, 0, 0, 0]
-    scaled = group_advantages(rewards, groups, valid, divide_by_std=True, eps=1e-6)
+    scaled = group_normalised(rewards, groups, valid, eps=1e-6)
     assert scaled.tolist() == pytest.approx([-1 / (math.sqrt(2) + 1e-6), 1 / (math.sqrt(2) + 1e-6), 0, 0, 0])
 
 
 def test_an_empty_response_does_not_shift_its_siblings_baseline():
     rewards, groups = t([1.0, 3.0, -100.0]), torch.tensor([0, 0, 0])
-    out = group_advantages(rewards, groups, torch.tensor([T, T, F]), divide_by_std=False, eps=0.0)
+    out = group_centred(rewards, groups, torch.tensor([T, T, F]))
     assert out.tolist() == [-1, 1, 0]
 
 
@@ -117,6 +118,6 @@ def test_group_advantages_do_not_depend_on_the_order_of_rows():
     torch.manual_seed(0)
     rewards, groups = torch.randn(12, dtype=torch.float64), torch.tensor([0, 1, 2] * 4)
     valid, order = torch.ones(12, dtype=torch.bool), torch.randperm(12)
-    straight = group_advantages(rewards, groups, valid, divide_by_std=True, eps=1e-6)
-    shuffled = group_advantages(rewards[order], groups[order], valid, divide_by_std=True, eps=1e-6)
+    straight = group_normalised(rewards, groups, valid, eps=1e-6)
+    shuffled = group_normalised(rewards[order], groups[order], valid, eps=1e-6)
     torch.testing.assert_close(straight[order], shuffled)

@@ -36,8 +36,9 @@ class Updates(Settings):
     """Passes over each batch of experience."""
     minibatches: PositiveInt = 1
     """Optimizer steps per pass; must divide prompts_per_step x samples_per_prompt."""
-    aggregate: Aggregate = "token_mean"
-    """What a token weighs: token_mean, sequence_mean, or constant_length (max_new_tokens)."""
+    aggregate: Aggregate | None = None
+    """What a token weighs: token_mean, sequence_mean, or constant_length (max_new_tokens); default: the rule
+    of the algorithm's paper."""
 
 
 class Evaluation(Settings):

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.learner import Learner, LossFunction
+from actors.learner import Learner, LossFunction, MicroBatches
 from actors.model import PolicyModel
 from actors.weights.sender import open_sender
 from actors.weights.wire import Address, Sender, TensorMeta, Transport
-from orchestrator.batch import PolicyOutput
+from orchestrator.batch import Batch, PolicyOutput
 from orchestrator.config import Model, Optimizer
 from orchestrator.roles import WeightReceipt
 
@@ -20,7 +20,7 @@ class Actor(Learner):
 
     role = "actor"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one line per fact, all by name
         self,
         *,
         model: Model,
@@ -29,33 +29,49 @@ class Actor(Learner):
         loss: LossFunction,
         temperature: float = 1.0,
         entropy: bool = False,
+        distribution: bool = False,
+        ema_decay: float | None = None,
     ) -> None:
-        """``entropy``: whether the loss reads ``PolicyOutput.entropy``."""
+        """``entropy``, ``distribution``: whether the loss reads these of ``PolicyOutput``; ``ema_decay``: of
+        an average of the weights, None for none."""
         super().__init__(model=model, optimizer=optimizer, total_steps=total_steps, loss=loss)
-        self.temperature, self.entropy = temperature, entropy
+        self.temperature, self.ema_decay = temperature, ema_decay
+        self.entropy, self.distribution = entropy, distribution
         self.sender: Sender | None = None
 
     def load_model(self) -> PolicyModel:
         return PolicyModel.load(self.model)
 
     def output(self, part: Any) -> PolicyOutput:
-        logprobs, entropy = self.backend.forward(
-            part.tokens, part.attention_mask, part.action_mask, self.temperature, self.entropy
+        logprobs, entropy, distribution = self.backend.forward(
+            part.tokens,
+            part.attention_mask,
+            part.action_mask,
+            self.temperature,
+            self.entropy,
+            self.distribution,
         )
-        return PolicyOutput(logprobs=logprobs, entropy=entropy)
+        return PolicyOutput(logprobs=logprobs, entropy=entropy, distribution=distribution)
 
     def figures(self, part: Any) -> Tensor:
         """[b, T] log-probs."""
+        return self.backend.forward(part.tokens, part.attention_mask, part.action_mask, self.temperature)[0]
+
+    def distributions(self, batch: Batch, micro_batches: MicroBatches) -> Tensor:
+        """[n, T, V] float32 log-probs of the whole vocabulary, 0.0 off the action mask."""
+        return self.each(batch, micro_batches, self._distribution)
+
+    def _distribution(self, part: Any) -> Tensor:
         return self.backend.forward(
-            part.tokens, part.attention_mask, part.action_mask, self.temperature, False
-        )[0]
+            part.tokens, part.attention_mask, part.action_mask, self.temperature, False, True
+        )[2]
 
     @torch.no_grad()
     def logprobs(self, tokens: Sequence[int]) -> list[float]:
         """Of every token but the first, at temperature 1. A collective under ZeRO-3: all ranks call it."""
         row = torch.tensor([list(tokens)], device=self.device)
         everywhere = torch.ones_like(row, dtype=torch.bool)
-        return self.backend.forward(row, everywhere, everywhere, 1.0, False)[0][0, 1:].tolist()
+        return self.backend.forward(row, everywhere, everywhere, 1.0)[0][0, 1:].tolist()
 
     def open_channel(
         self, transport: Transport, dtype: str, bucket_mb: int, world_size: int, timeout_s: float

@@ -25,7 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from actors.average import Average
 from actors.model import LanguageModel
+from actors.muon import Muon, build_optimizer
+from actors.shards import shards_of
 from orchestrator.config import Optimizer
 
 if not torch.cuda.is_available():
@@ -46,14 +49,22 @@ STATE = "state"  # DeepSpeed's "tag": the folder inside the folder
 class Backend:
     """One model under training, this rank's part."""
 
-    def __init__(self, model: LanguageModel, optimizer: Optimizer, *, total_steps: int) -> None:
-        """The process group must exist. ``total_steps`` is where a falling learning rate reaches zero."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        optimizer: Optimizer,
+        *,
+        total_steps: int,
+        ema_decay: float | None = None,
+    ) -> None:
+        """The process group must exist. ``total_steps`` is how often ``step`` will be called, in all runs
+        together; ``ema_decay`` None keeps no average of the weights."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.settings, self.total_steps = optimizer, total_steps
-        self.num_steps = 0  # optimizer steps asked for, skipped ones included
+        self.num_taken, self.num_skipped = 0, 0  # optimizer steps
         dtype = next(model.parameters()).dtype
         self.stage = _stage(optimizer.zero_stage, dtype, self.world_size)
-        self.adamw = _adamw(model, optimizer)
+        self.optimizer = build_optimizer(model, optimizer)
         self.tied = _tied(model)
         num_elements = sum(p.numel() for p in model.parameters())
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -61,11 +72,15 @@ class Backend:
         _import_muon_uncompiled()
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=self.adamw,
+            optimizer=self.optimizer,
             config=_deepspeed_config(self.stage, dtype, optimizer.max_grad_norm, num_elements),
             dist_init_required=False if deepspeed.comm.is_initialized() else None,
         )
         self.device = self.engine.device
+        shards = shards_of(self.stage, self.engine.optimizer)
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.place(shards)
+        self.average = None if ema_decay is None else Average(shards, ema_decay)
 
     def forward(self, *inputs: Any) -> Any:
         """Through the engine, so that ZeRO-3 gathers parameters on the way."""
@@ -78,12 +93,21 @@ class Backend:
 
     def step(self) -> dict[str, float]:
         """One optimizer step with everything accumulated since the last; the same answer on every rank."""
-        learning_rate = _learning_rate(self.settings, self.num_steps, self.total_steps)
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
+        height = _schedule(self.settings, self.num_taken, self.total_steps - self.num_skipped)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * height
         norm, applied = self._clip_and_step()
-        self.num_steps += 1
-        return {"grad_norm": norm, "learning_rate": learning_rate, "skipped_steps": 0.0 if applied else 1.0}
+        if applied:
+            self.num_taken += 1
+        else:
+            self.num_skipped += 1
+        if applied and self.average is not None:
+            self.average.update()
+        return {
+            "grad_norm": norm,
+            "learning_rate": self.settings.learning_rate * height,
+            "skipped_steps": 0.0 if applied else 1.0,
+        }
 
     def _clip_and_step(self) -> tuple[float, bool]:
         if self.stage > 0:
@@ -99,10 +123,11 @@ class Backend:
         return norm, math.isfinite(norm)
 
     def save(self, folder: Path) -> None:
-        """Weights, master weights, optimizer and schedule; each rank writes its part."""
-        self.engine.save_checkpoint(
-            str(folder), tag=STATE, client_state={"num_steps": self.num_steps}, save_latest=False
-        )
+        """Weights, master weights, optimizer, schedule and average; each rank writes its part."""
+        counts = {"num_taken": self.num_taken, "num_skipped": self.num_skipped}
+        self.engine.save_checkpoint(str(folder), tag=STATE, client_state=counts, save_latest=False)
+        if self.average is not None:
+            self.average.save(folder)
 
     def load(self, folder: Path) -> None:
         """Continues exactly where ``save`` was. Needs the number of ranks, stage and dtype of the save."""
@@ -114,7 +139,9 @@ class Backend:
                 f"{folder} holds no training state of {self.world_size} rank(s) at ZeRO stage {self.stage}; "
                 "give the folder that save wrote, and the number of ranks and zero_stage it was written with"
             )
-        self.num_steps = client["num_steps"]
+        self.num_taken, self.num_skipped = client["num_taken"], client["num_skipped"]
+        if self.average is not None:
+            self.average.load(folder)
 
     def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every parameter, tied ones once, gathered some at a time.
@@ -145,12 +172,20 @@ class Backend:
             for name, parameter in bucket:
                 yield name, parameter.detach()
 
-    def export(self, folder: Path) -> None:
-        """Rank 0 writes a plain ``from_pretrained`` folder."""
+    def export(self, folder: Path, *, averaged: bool = False) -> None:
+        """Rank 0 writes a plain ``from_pretrained`` folder, of the weights or of their average."""
         weights: dict[str, Tensor] = {}
         for name, tensor in self.named_full_parameters():
             if self.rank == 0:
                 weights[name] = tensor.to("cpu", copy=True)
+        if averaged:
+            if self.average is None:
+                raise ValueError("no average is kept; set rl.ema_decay")
+            names = {id(p): name for name, p in self.engine.module.model.named_parameters()}
+            for parameter, tensor in self.average.whole():
+                if self.rank == 0:
+                    name = names[id(parameter)]
+                    weights[name] = tensor.to("cpu", weights[name].dtype, copy=True)
         if self.rank == 0:
             weights |= {alias: weights[name] for alias, name in self.tied.items()}
             self.engine.module.write(folder, weights)
@@ -213,22 +248,6 @@ def _import_muon_uncompiled() -> None:
         deepspeed.runtime.compiler.compile = compile_
 
 
-def _adamw(model: LanguageModel, settings: Optimizer) -> torch.optim.AdamW:
-    """Weight decay on matrices only: pulling a norm's gain or a bias towards zero is not regularisation."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=True,
-    )
-
-
 def _tied(model: LanguageModel) -> dict[str, str]:
     """Second name of a shared parameter -> its first name."""
     first = {id(p): name for name, p in model.model.named_parameters()}
@@ -236,20 +255,20 @@ def _tied(model: LanguageModel) -> dict[str, str]:
     return {name: first[id(p)] for name, p in every if first[id(p)] != name}
 
 
-def _learning_rate(settings: Optimizer, step: int, total_steps: int) -> float:
-    """Of optimizer step 0, 1, ...: rises over the first ``warmup_steps`` steps, then stays, or falls to 0 at
-    ``total_steps``.
+def _schedule(settings: Optimizer, step: int, total_steps: int) -> float:
+    """The share of the peak at optimizer step 0, 1, ... of those taken: rises over the first
+    ``warmup_steps``, then stays, or falls towards 0, which it would reach one step after the last.
 
-    Example, peak 1, linear, warm-up 2, 6 steps in all: 0.5, 1, 1, 0.75, 0.5, 0.25.
+    Example, linear, warm-up 2, 6 steps in all: 0.5, 1, 1, 0.75, 0.5, 0.25.
     """
-    peak, warmup = settings.learning_rate, settings.warmup_steps
+    warmup = settings.warmup_steps
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     match settings.schedule:
         case "linear":
-            return peak * (1 - progress)
+            return 1 - progress
         case "cosine":
-            return peak * (1 + math.cos(math.pi * progress)) / 2
+            return (1 + math.cos(math.pi * progress)) / 2
         case _:
-            return peak
+            return 1.0

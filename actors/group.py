@@ -9,7 +9,7 @@ group puts them into the object store and every worker of every role reads the s
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from orchestrator.balance import plan
 from orchestrator.batch import Batch, Examples, Minibatch, Records, Rollout, ScoredRollout
 from orchestrator.config import Deadlines
 from orchestrator.placement import Seat
+from orchestrator.rewards import weigh
 from orchestrator.roles import Metrics, WeightReceipt
 
 
@@ -141,18 +142,22 @@ class ScorerGroup(WorkerGroup):
 
     async def score(self, batch: Batch) -> Tensor:
         """[B, T] float32, row for row."""
-        return await self._gather_scores(batch, torch.zeros(batch.tokens.shape))
+        return await self._gather(batch, [worker.handle.score for worker in self.workers])
 
-    async def _gather_scores(self, records: Batch | Examples, scores: Tensor) -> Tensor:
-        """Every worker scores its share of the rows; the answers are written into ``scores``."""
+    async def distributions(self, batch: Batch) -> Tensor:
+        """[B, T, V] float32, row for row; actor and reference have it."""
+        return await self._gather(batch, [worker.handle.distributions for worker in self.workers])
+
+    async def _gather(self, records: Batch | Examples, verbs: Sequence[ActorMethod]) -> Tensor:
+        """Every worker answers for its share of the rows; the answers come back in the order of the rows."""
         shares = self._plan(records.attention_mask.sum(1).tolist())
         ref = self._store.put(records)
-        answers = await asyncio.gather(
-            *(w.call(w.handle.score, ref, share) for w, share in zip(self.workers, shares, strict=True))
-        )
-        for share, answer in zip(shares, answers, strict=True):
-            scores[[row for rows in share for row in rows]] = answer
-        return scores
+        calls = zip(self.workers, verbs, shares, strict=True)
+        answers = torch.cat(await asyncio.gather(*(w.call(verb, ref, share) for w, verb, share in calls)))
+        rows = [row for share in shares for part in share for row in part]
+        gathered = torch.empty_like(answers)
+        gathered[rows] = answers
+        return gathered
 
 
 class LearnerGroup(ScorerGroup):
@@ -184,7 +189,10 @@ class LearnerGroup(ScorerGroup):
 
 
 class ActorGroup(LearnerGroup):
-    """The policy's group: it also sends its weights and answers the probe."""
+    """The policy's group: it also sends its weights, answers the probe and exports its average."""
+
+    async def export_average(self, folder: Path) -> None:
+        await asyncio.gather(*(w.call(w.handle.export, folder, True) for w in self.workers))
 
     async def open_channel(
         self, transport: Transport, dtype: str, *, bucket_mb: int, world_size: int
@@ -216,31 +224,40 @@ class PairLearnerGroup(LearnerGroup):
 
     async def score_examples(self, examples: Examples) -> Tensor:
         """[B] scores, row for row."""
-        return await self._gather_scores(examples, torch.zeros(len(examples.tokens)))
+        return await self._gather(examples, [worker.handle.score for worker in self.workers])
 
 
 class RewardGroup(WorkerGroup):
     """Scores finished groups of rollouts. What waits while a worker is busy goes to it in one call.
 
-    score()    one per finished group: queues it, waits for its rewards
+    score()    one per finished group: queues it, waits for its rewards, weighs them
     _serve()   one per busy worker: takes all that waits, calls, answers; ends when nothing waits
     """
 
-    def __init__(self, workers: Sequence[RemoteWorker], *, store: ObjectStore, token_budget: int) -> None:
+    def __init__(
+        self,
+        workers: Sequence[RemoteWorker],
+        *,
+        store: ObjectStore,
+        token_budget: int,
+        weights: Mapping[str, float],
+    ) -> None:
+        """``weights``: of each reward, by name."""
         super().__init__(workers, store=store, token_budget=token_budget)
+        self._weights = weights
         self._idle = list(self.workers)
-        self._waiting: list[tuple[list[Rollout], asyncio.Future[list[float]]]] = []
+        self._waiting: list[tuple[list[Rollout], asyncio.Future[dict[str, list[float]]]]] = []
         self._serving: set[asyncio.Task[None]] = set()  # the loop itself keeps only weak references
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        answer: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+        """Raises RewardError for a reward that is missing or not finite."""
+        answer: asyncio.Future[dict[str, list[float]]] = asyncio.get_running_loop().create_future()
         self._waiting.append((list(rollouts), answer))
         if self._idle:
             task = asyncio.create_task(self._serve(self._idle.pop()))
             self._serving.add(task)
             task.add_done_callback(self._serving.discard)
-        rewards = await answer
-        return [ScoredRollout(rollout=r, reward=reward) for r, reward in zip(rollouts, rewards, strict=True)]
+        return weigh(rollouts, await answer, self._weights)
 
     async def _serve(self, worker: RemoteWorker) -> None:
         while self._waiting:
@@ -254,9 +271,10 @@ class RewardGroup(WorkerGroup):
                     if not answer.done():
                         answer.set_exception(error)
             else:
-                scores = iter(rewards)
+                start = 0
                 for rollouts, answer in taken:
-                    mine = [next(scores) for _ in rollouts]
+                    end = start + len(rollouts)
                     if not answer.done():  # its sampler may have been cancelled
-                        answer.set_result(mine)
+                        answer.set_result({name: values[start:end] for name, values in rewards.items()})
+                    start = end
         self._idle.append(worker)

@@ -36,6 +36,8 @@ R = TypeVar("R", Batch, Experience, Examples)
 class Learner(Worker):
     """Wraps a model and its loss. Subclasses say which model, and what it is asked."""
 
+    ema_decay: float | None = None  # of an average of the weights; None: none is kept
+
     def __init__(self, *, model: Model, optimizer: Optimizer, total_steps: int, loss: LossFunction) -> None:
         self.model, self.optimizer, self.total_steps, self.loss = model, optimizer, total_steps, loss
 
@@ -52,7 +54,9 @@ class Learner(Worker):
         """What ``score`` answers of some rows, [b, T] or [b]."""
 
     def start(self) -> None:
-        self.backend = Backend(self.load_model(), self.optimizer, total_steps=self.total_steps)
+        self.backend = Backend(
+            self.load_model(), self.optimizer, total_steps=self.total_steps, ema_decay=self.ema_decay
+        )
 
     def update(self, minibatch: Minibatch, micro_batches: MicroBatches) -> dict[str, float]:
         """Exactly one optimizer step over all ranks; the same figures on every rank.
@@ -87,16 +91,19 @@ class Learner(Worker):
         """``update`` as Ray calls it: records as an argument of their own travel by reference."""
         return self.update(Minibatch(records=records, rows=rows, weights=weights), micro_batches)
 
-    @torch.no_grad()
     def score(self, batch: Batch | Examples, micro_batches: MicroBatches) -> Tensor:
         """[n, T] (or [n]) float32 of this rank's rows, in the order of the concatenated micro-batches."""
-        T = batch.tokens.shape[1]
+        return self.each(batch, micro_batches, self.figures)
+
+    @torch.no_grad()
+    def each(
+        self, batch: Batch | Examples, micro_batches: MicroBatches, figures: Callable[[Any], Tensor]
+    ) -> Tensor:
+        """What ``figures`` says of each micro-batch, row after row, as wide as the batch."""
         answers = []
         for rows in micro_batches:
-            answer = self.figures(to_device(take(batch, rows or [0]), self.device)).float().cpu()
-            if answer.dim() == 2:
-                answer = F.pad(answer, (0, T - answer.shape[1]))
-            answers.append(answer[: len(rows)])
+            answer = figures(to_device(take(batch, rows or [0]), self.device)).float().cpu()
+            answers.append(widen(answer, batch.tokens.shape[1])[: len(rows)])
         return torch.cat(answers)
 
     def save(self, folder: Path) -> None:
@@ -106,9 +113,9 @@ class Learner(Worker):
     def load(self, folder: Path) -> None:
         self.backend.load(folder)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, averaged: bool = False) -> None:
         """A plain ``from_pretrained`` folder, with the tokenizer of the model it came from."""
-        self.backend.export(folder)
+        self.backend.export(folder, averaged=averaged)
         if self.rank == 0 and _has_tokenizer(self.model.path):
             tokenizer = AutoTokenizer.from_pretrained(self.model.path, revision=self.model.revision)
             tokenizer.save_pretrained(folder)
@@ -139,6 +146,13 @@ def to_device(records: R, device: torch.device) -> R:
         return records
     tensors = {f.name: getattr(records, f.name) for f in fields(records)}
     return replace(records, **{n: t.to(device) for n, t in tensors.items() if isinstance(t, Tensor)})
+
+
+def widen(answer: Tensor, width: int) -> Tensor:
+    """[n, t, ...] -> [n, width, ...], zeros on the right; [n] as it is."""
+    if answer.dim() == 1:
+        return answer
+    return F.pad(answer, (0, 0) * (answer.dim() - 2) + (0, width - answer.shape[1]))
 
 
 def _weigh(values: Tensor, weights: Tensor) -> Tensor:

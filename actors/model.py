@@ -75,22 +75,25 @@ class TokenHead(nn.Module):
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
     def forward(
-        self, states: Tensor, targets: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """[N, d], [N] -> log-prob of each target and, if asked, the entropy there, [N] float32 each."""
+        self, states: Tensor, targets: Tensor, temperature: float, entropy: bool, distribution: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[N, d], [N] -> log-prob of each target, [N]; if asked the entropy there, [N], and the log-probs of
+        the whole vocabulary, [N, V]. All float32."""
         rows = max(1, LOGITS_PER_BLOCK // self.weight.shape[0])
-        if len(states) <= rows:
-            return self._block(states, targets, temperature, entropy)
+        if distribution or len(states) <= rows:
+            return self._block(states, targets, temperature, entropy, distribution)
         blocks = [
-            checkpoint(self._block, s, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(
+                self._block, s, t, temperature, entropy, False, use_reentrant=False, preserve_rng_state=False
+            )
             for s, t in zip(states.split(rows), targets.split(rows), strict=True)
         ]
-        logprobs, entropies = zip(*blocks, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+        logprobs, entropies, _ = zip(*blocks, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies) if entropy else None, None
 
     def _block(
-        self, states: Tensor, targets: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, states: Tensor, targets: Tensor, temperature: float, entropy: bool, distribution: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         logits = F.linear(states, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -99,7 +102,11 @@ class TokenHead(nn.Module):
         logits = logits.float()
         every = F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
         logprobs = every.gather(-1, targets[:, None]).squeeze(-1)
-        return logprobs, -(every.exp() * every).sum(-1) if entropy else None
+        return (
+            logprobs,
+            -(every.exp() * every).sum(-1) if entropy else None,
+            every if distribution else None,
+        )
 
 
 class ScalarHead(nn.Module):
@@ -119,9 +126,16 @@ class PolicyModel(LanguageModel):
     """A causal language model that says how likely given tokens are."""
 
     def forward(
-        self, tokens: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """log p(tokens[b, t] | tokens[b, :t]) and the entropy there, [B, T] float32, 0.0 off ``mask``.
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        temperature: float,
+        entropy: bool = False,
+        distribution: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """log p(tokens[b, t] | tokens[b, :t]) and the entropy there, [B, T] float32, 0.0 off ``mask``; and
+        the log-probs of the whole vocabulary, [B, T, V] float32: 4 B T V bytes, not split into blocks.
 
         The vocabulary is computed for the positions of the mask only. The first token has nothing before it:
         0.0. Plain tensors, not a record: DeepSpeed looks for tensors in tuples to hang its hooks on.
@@ -130,10 +144,16 @@ class PolicyModel(LanguageModel):
         asked[:, 0] = False
         at = asked.flatten().nonzero().squeeze(1)
         states = self.hidden_states(tokens, attention_mask).flatten(0, 1).index_select(0, at - 1)
-        found = self.model.get_output_embeddings()(states, tokens.flatten()[at], temperature, entropy)
-        blank = states.new_zeros(tokens.numel(), dtype=torch.float32)
-        placed = [None if x is None else blank.index_copy(0, at, x).view(tokens.shape) for x in found]
-        return placed[0], placed[1]  # type: ignore[return-value]
+        head = self.model.get_output_embeddings()
+        found = head(states, tokens.flatten()[at], temperature, entropy, distribution)
+        placed: list[Tensor | None] = []
+        for x in found:
+            if x is None:
+                placed.append(None)
+            else:
+                blank = states.new_zeros(tokens.numel(), *x.shape[1:], dtype=torch.float32)
+                placed.append(blank.index_copy(0, at, x).view(*tokens.shape, *x.shape[1:]))
+        return tuple(placed)  # type: ignore[return-value]
 
     @classmethod
     def load(cls, source: Model, *, head_seed: int | None = None) -> "PolicyModel":
@@ -246,7 +266,7 @@ def _check_head(policy: PolicyModel, probe: Tensor, expected: Tensor) -> None:
     otherwise train silently on wrong numbers.
     """
     ones = torch.ones_like(probe, dtype=torch.bool)
-    ours = policy(probe, ones, ones, 1.0, False)[0][:, 1:]
+    ours = policy(probe, ones, ones, 1.0)[0][:, 1:]
     theirs = expected[:, :-1].gather(-1, probe[:, 1:, None]).squeeze(-1)
     worst = float((ours - theirs).abs().max())
     if not worst <= (0.1 if policy.model.dtype == torch.bfloat16 else 1e-3):

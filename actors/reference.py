@@ -1,12 +1,9 @@
 """The frozen policy that the KL is measured from: plain PyTorch, no optimizer, no talk between ranks."""
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from actors.learner import to_device
+from actors.learner import MicroBatches, to_device, widen
 from actors.model import PolicyModel
 from actors.worker import Worker
 from orchestrator.batch import Batch
@@ -25,16 +22,25 @@ class Reference(Worker):
     def start(self) -> None:
         self.policy = PolicyModel.load(self.model).to(self.device).requires_grad_(False).eval()
 
-    @torch.no_grad()
-    def score(self, batch: Batch, micro_batches: Sequence[Sequence[int]]) -> Tensor:
+    def score(self, batch: Batch, micro_batches: MicroBatches) -> Tensor:
         """[n, T] float32 log-probs of this rank's rows, in the order of the concatenated micro-batches."""
-        T = batch.tokens.shape[1]
-        answers = [torch.zeros(0, T)]
+        return self._each(batch, micro_batches, distribution=False)
+
+    def distributions(self, batch: Batch, micro_batches: MicroBatches) -> Tensor:
+        """[n, T, V] float32 log-probs of the whole vocabulary, 0.0 off the action mask."""
+        return self._each(batch, micro_batches, distribution=True)
+
+    @torch.no_grad()
+    def _each(self, batch: Batch, micro_batches: MicroBatches, *, distribution: bool) -> Tensor:
+        width = (batch.tokens.shape[1],)
+        if distribution:
+            width += (self.policy.model.config.get_text_config().vocab_size,)
+        answers = [torch.zeros(0, *width)]
         for rows in micro_batches:
             if rows:
                 part = to_device(take(batch, rows), self.device)
-                logprobs = self.policy(
-                    part.tokens, part.attention_mask, part.action_mask, self.temperature, False
-                )[0].cpu()
-                answers.append(F.pad(logprobs, (0, T - logprobs.shape[1])))
+                said = self.policy(
+                    part.tokens, part.attention_mask, part.action_mask, self.temperature, False, distribution
+                )
+                answers.append(widen(said[2 if distribution else 0].cpu(), batch.tokens.shape[1]))
         return torch.cat(answers)

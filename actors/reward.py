@@ -1,6 +1,8 @@
-"""The judge of finished responses: a frozen model with one score per sequence, and the learner of one."""
+"""The judge of finished responses, a frozen model with one score per sequence or functions or both; and the
+learner of such a model."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,35 +10,43 @@ from torch import Tensor
 
 from actors.learner import Learner
 from actors.model import ScoreModel
+from actors.reward_function import find_reward_function
 from actors.worker import Worker
 from orchestrator.batch import Rollout
 from orchestrator.collate import attention, pad
-from orchestrator.config import Model
+from orchestrator.config import MODEL, Model
 
 
-class RewardModel(Worker):
-    """Frozen; its ranks never talk to each other."""
+class Judge(Worker):
+    """A frozen model, functions, or both; its ranks never talk to each other."""
 
     role = "reward"
     collective = False
 
-    def __init__(self, *, model: Model, micro_batch_tokens: int) -> None:
-        self.model, self.micro_batch_tokens = model, micro_batch_tokens
+    def __init__(self, *, model: Model | None, functions: Mapping[str, str], micro_batch_tokens: int) -> None:
+        """``model`` None: only functions judge. ``functions``: where each is, by the name of its reward."""
+        self.model, self.functions, self.micro_batch_tokens = model, functions, micro_batch_tokens
 
     def start(self) -> None:
-        scorer = ScoreModel.load(self.model, head_seed=self.seed)
-        self.scorer = scorer.to(self.device).requires_grad_(False).eval()
+        self._functions = {name: find_reward_function(spec) for name, spec in self.functions.items()}
+        if self.model is not None:
+            scorer = ScoreModel.load(self.model, head_seed=self.seed)
+            self.scorer = scorer.to(self.device).requires_grad_(False).eval()
 
-    def score_rollouts(self, rollouts: list[Rollout]) -> list[float]:
-        """The same of finished responses, prompt and response together."""
-        return self.score([list(rollout.tokens) for rollout in rollouts])
+    def score_rollouts(self, rollouts: list[Rollout]) -> dict[str, list[float]]:
+        """By name, one reward per rollout, as it is: who gathers them refuses what is no finite number."""
+        rewards = {
+            name: [function(r.text, r.prompt.text, r.prompt.label) for r in rollouts]
+            for name, function in self._functions.items()
+        }
+        if self.model is not None:
+            rewards[MODEL] = self.score([list(rollout.tokens) for rollout in rollouts])
+        return rewards
 
     @torch.no_grad()
     def score(self, sequences: list[list[int]]) -> list[float]:
-        """One finite score per sequence of token ids, in the order given.
-
-        Raises ValueError naming the sequence when a score is not finite or a sequence is empty (BUGS B16).
-        """
+        """The model's score of each sequence of token ids, prompt and response together, in the order given;
+        NaN for an empty one."""
         scores = [math.nan] * len(sequences)
         for rows in self._micro_batches([len(tokens) for tokens in sequences]):
             tokens = pad([sequences[row] for row in rows], 0, torch.int64)
@@ -44,12 +54,6 @@ class RewardModel(Worker):
             values = self.scorer(tokens.to(self.device), mask.to(self.device)).tolist()
             for row, value in zip(rows, values, strict=True):
                 scores[row] = value
-        for row, value in enumerate(scores):
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"{self.model.path} scored sequence {row} ({len(sequences[row])} tokens) with {value}; "
-                    "expected a finite number"
-                )
         return scores
 
     def _micro_batches(self, lengths: list[int]) -> list[list[int]]:

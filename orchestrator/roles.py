@@ -50,6 +50,13 @@ class Scorer(Role, Protocol):
         ...
 
 
+class PolicyScorer(Scorer, Protocol):
+    async def distributions(self, batch: Batch) -> Tensor:
+        """[B, T, V] float32: log-probs of the whole vocabulary, of which ``score`` picks one; 0.0 off the
+        action mask. 4 B T V bytes."""
+        ...
+
+
 class Learner(Scorer, Protocol):
     async def update(self, minibatch: Minibatch) -> Metrics:
         """Exactly one optimizer step over all ranks."""
@@ -62,8 +69,11 @@ class Learner(Scorer, Protocol):
         ...
 
 
-class Policy(Learner, Protocol):
+class Policy(Learner, PolicyScorer, Protocol):
     async def send_weights(self, version: int) -> WeightReceipt: ...
+    async def export_average(self, folder: Path) -> None:
+        """As ``export``, of the moving average of the weights; only where rl.ema_decay keeps one."""
+        ...
 
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
         """The log-prob of every token but the first, at temperature 1: for the probe after a sync."""
@@ -93,7 +103,7 @@ class Roles:
     engine: Engine
     reward: Reward
     critic: Learner | None = None
-    reference: Scorer | None = None
+    reference: PolicyScorer | None = None
 
     def learners(self) -> Iterator[tuple[str, Learner]]:
         yield "actor", self.actor

@@ -17,6 +17,7 @@ from orchestrator.roles import (
     Learner,
     Metrics,
     Policy,
+    PolicyScorer,
     Reward,
     Role,
     Roles,
@@ -41,7 +42,7 @@ def timed(roles: Roles, timeline: Timeline) -> Roles:
         engine=TimedEngine("engine", roles.engine, timeline),
         reward=TimedReward("reward", roles.reward, timeline),
         critic=None if roles.critic is None else TimedLearner("critic", roles.critic, timeline),
-        reference=None if roles.reference is None else TimedScorer("reference", roles.reference, timeline),
+        reference=None if roles.reference is None else TimedReference("reference", roles.reference, timeline),
     )
 
 
@@ -64,6 +65,12 @@ class TimedScorer(_Timed[S]):
             return await self.handle.score(batch)
 
 
+class TimedReference(TimedScorer[PolicyScorer]):
+    async def distributions(self, batch: Batch) -> Tensor:
+        with self.timeline.span(self.name, Phase.SCORE):
+            return await self.handle.distributions(batch)
+
+
 class TimedLearner(TimedScorer[L]):
     async def update(self, minibatch: Minibatch) -> Metrics:
         with self.timeline.span(self.name, Phase.UPDATE):
@@ -83,6 +90,14 @@ class TimedLearner(TimedScorer[L]):
 
 
 class TimedPolicy(TimedLearner[Policy]):
+    async def distributions(self, batch: Batch) -> Tensor:
+        with self.timeline.span(self.name, Phase.SCORE):
+            return await self.handle.distributions(batch)
+
+    async def export_average(self, folder: Path) -> None:
+        with self.timeline.span(self.name, Phase.SAVE):
+            await self.handle.export_average(folder)
+
     async def send_weights(self, version: int) -> WeightReceipt:
         with self.timeline.span(self.name, Phase.SYNC):
             return await self.handle.send_weights(version)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from actors import backend, model
 from actors.actor import Actor
-from actors.backend import _learning_rate
+from actors.backend import _schedule
 from orchestrator.batch import Examples, Loss, Minibatch, PolicyOutput
 from orchestrator.config import Model, Optimizer
 from tests import tiny
@@ -66,7 +66,15 @@ def minibatch(width: int = max(LENGTHS), *, poison: bool = False) -> Minibatch:
     return Minibatch(records=examples, rows=torch.arange(len(LENGTHS)), weights=trained / trained.sum())
 
 
-def actor(place: Place, folder: Path, dtype: str, optimizer: dict, *, save_memory: bool = False) -> Actor:
+def actor(
+    place: Place,
+    folder: Path,
+    dtype: str,
+    optimizer: dict,
+    *,
+    save_memory: bool = False,
+    ema_decay: float | None = None,
+) -> Actor:
     """On two ranks with buckets and shards that a tiny model fills several times over."""
     if place.world_size > 1:
         backend.GATHER_ELEMENTS, backend.REDUCE_ELEMENTS, backend.PERSISTENT_ELEMENTS = 600, 300, 0
@@ -76,6 +84,7 @@ def actor(place: Place, folder: Path, dtype: str, optimizer: dict, *, save_memor
         optimizer=Optimizer(**optimizer),
         total_steps=10,
         loss=nll,
+        ema_decay=ema_decay,
     )
     worker.setup(place.rank, place.world_size, "127.0.0.1", place.port, threads=1, seed=0, timeout_s=60)
     return worker
@@ -268,8 +277,8 @@ def test_sharded_weights_export_whole(two_ranks: Ranks, folder: Path, tmp_path: 
 
 def test_learning_rate_schedules() -> None:
     def rates(schedule: str) -> list[float]:
-        settings = Optimizer(learning_rate=1.0, schedule=schedule, warmup_steps=2)
-        return [round(_learning_rate(settings, step, 6), 6) for step in range(7)]
+        settings = Optimizer(schedule=schedule, warmup_steps=2)
+        return [round(_schedule(settings, step, 6), 6) for step in range(7)]
 
     assert rates("constant") == [0.5, 1, 1, 1, 1, 1, 1]
     assert rates("linear") == [0.5, 1, 1, 0.75, 0.5, 0.25, 0]

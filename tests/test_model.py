@@ -41,7 +41,7 @@ def test_index_t_speaks_about_the_token_at_t(tmp_path: Path, config: object) -> 
     policy = PolicyModel.load(source(tmp_path, config))
     tokens = torch.tensor([[3, 9, 4]])
     ones = torch.ones_like(tokens, dtype=torch.bool)
-    logprobs, entropy = policy(tokens, ones, ones, 0.5, True)
+    logprobs, entropy, distribution = policy(tokens, ones, ones, 0.5, True, True)
     logits = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=tokens).logits[0] / 0.5
     after_3, after_3_9 = logits[0].log_softmax(-1), logits[1].log_softmax(-1)
     torch.testing.assert_close(
@@ -49,14 +49,16 @@ def test_index_t_speaks_about_the_token_at_t(tmp_path: Path, config: object) -> 
     )
     by_hand = -(after_3_9.exp() * after_3_9).sum()
     torch.testing.assert_close(entropy[0, 2], by_hand, atol=1e-5, rtol=0)
+    whole = torch.stack([torch.zeros(tiny.VOCAB), after_3, after_3_9])
+    torch.testing.assert_close(distribution[0], whole, atol=1e-5, rtol=0)
 
 
 def test_logprobs_are_zero_off_the_mask_and_unchanged_on_it(tmp_path: Path) -> None:
     policy = PolicyModel.load(source(tmp_path, tiny.llama()))
     tokens, attended = padded(0, 2)
     mask = torch.tensor([[False, False, True, False, True, False, False]])
-    everywhere = policy(tokens, attended, attended, 1.0, False)[0]
-    asked = policy(tokens, attended, mask, 1.0, False)[0]
+    everywhere = policy(tokens, attended, attended, 1.0)[0]
+    asked = policy(tokens, attended, mask, 1.0)[0]
     torch.testing.assert_close(asked, torch.where(mask, everywhere, 0.0))
     assert asked.count_nonzero() == 2
 
@@ -76,9 +78,7 @@ def test_padding_changes_nothing_with_absolute_positions(
         response = mask.clone()
         response[0, : left + 2] = False  # the first token's answer would need a state before it
         answer = (
-            model(tokens, mask, response, 1.0, False)[0]
-            if wrapper is PolicyModel
-            else model(tokens, mask, response)
+            model(tokens, mask, response, 1.0)[0] if wrapper is PolicyModel else model(tokens, mask, response)
         )
         return answer[0, left : left + len(SEQUENCE)]
 
@@ -118,7 +118,7 @@ def test_dropout_is_off_while_training(tmp_path: Path, config: object) -> None:
     """BUGS A13: two looks at the same tokens agree bit for bit, so the first ratio is 1."""
     policy = PolicyModel.load(source(tmp_path, config)).train()
     tokens, mask = padded(0, 0)
-    assert torch.equal(policy(tokens, mask, mask, 1.0, False)[0], policy(tokens, mask, mask, 1.0, False)[0])
+    assert torch.equal(policy(tokens, mask, mask, 1.0)[0], policy(tokens, mask, mask, 1.0)[0])
 
 
 def test_blocks_of_logits_change_neither_logprobs_nor_gradients(
@@ -130,7 +130,7 @@ def test_blocks_of_logits_change_neither_logprobs_nor_gradients(
     for limit in (2**25, 5 * tiny.VOCAB):  # one block; blocks of five rows
         monkeypatch.setattr(models, "LOGITS_PER_BLOCK", limit)
         policy = PolicyModel.load(source(tmp_path, tiny.llama()))
-        logprobs, entropy = policy(tokens, mask, mask, 0.7, True)
+        logprobs, entropy, _ = policy(tokens, mask, mask, 0.7, True)
         (logprobs.sum() + entropy.square().sum()).backward()
         answers.append([logprobs, entropy, *(p.grad for p in policy.parameters())])
     for whole, blocks in zip(*answers, strict=True):
@@ -142,7 +142,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     gradients = []
     for on in (False, True):
         policy = PolicyModel.load(source(tmp_path, tiny.llama(), gradient_checkpointing=on)).train()
-        policy(tokens, mask, mask, 1.0, False)[0].sum().backward()
+        policy(tokens, mask, mask, 1.0)[0].sum().backward()
         gradients.append([p.grad for p in policy.parameters()])
     torch.testing.assert_close(*gradients)
 

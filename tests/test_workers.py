@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from actors.critic import Critic
 from actors.learner import Learner
 from actors.model import ScoreModel
 from actors.reference import Reference
-from actors.reward import RewardLearner, RewardModel
+from actors.reward import Judge, RewardLearner
 from actors.worker import Worker
 from orchestrator.batch import Batch, Examples, Experience, Loss, Minibatch, PolicyOutput
 from orchestrator.config import Model, Optimizer
 from orchestrator.roles import WeightReceipt
 from tests import tiny
+from tests.fakes import prompt, rollout
 
 LENGTHS = [6, 3, 5]
 OPTIMIZER = Optimizer(learning_rate=1e-2)
@@ -52,6 +54,8 @@ def batch() -> Batch:
         rewards=torch.zeros(3),
         groups=torch.arange(3),
         versions=torch.zeros(3, dtype=torch.int64),
+        stopped=torch.ones(3, dtype=torch.bool),
+        baselines=None,
     )
 
 
@@ -237,7 +241,9 @@ def test_a_reward_learner_learns_to_prefer_and_its_export_serves(model: Model, t
     assert figures["accuracy"] == 1.0 and figures["loss"] < 0.1 and figures["num_tokens"] == 3
     learner.export(tmp_path)
     scores = learner.score(examples, [[1, 0]]).tolist()
-    judge = ready(RewardModel(model=model.model_copy(update={"path": str(tmp_path)}), micro_batch_tokens=8))
+    judge = ready(
+        Judge(functions={}, model=model.model_copy(update={"path": str(tmp_path)}), micro_batch_tokens=8)
+    )
     assert judge.score([rejected, chosen]) == pytest.approx(scores, abs=1e-5)
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert theirs(input_ids=torch.tensor([chosen])).logits.item() == pytest.approx(scores[1], abs=1e-5)
@@ -245,29 +251,57 @@ def test_a_reward_learner_learns_to_prefer_and_its_export_serves(model: Model, t
 
 def test_rewards_do_not_depend_on_the_company_a_sequence_keeps(model: Model) -> None:
     sequences = [[3, 9, 4, 7, 8, 2], [5], [6, 6, 6], [1, 2]]
-    judge = ready(RewardModel(model=model, micro_batch_tokens=12))
+    judge = ready(Judge(functions={}, model=model, micro_batch_tokens=12))
     together = judge.score(sequences)
     assert together == pytest.approx([judge.score([tokens])[0] for tokens in sequences], abs=1e-5)
     assert len(set(together)) == 4
     assert judge._micro_batches([6, 1, 3, 2, 0]) == [[0, 2], [3, 1]]
 
 
-def test_a_reward_that_is_not_finite_is_refused(model: Model) -> None:
-    """BUGS B16."""
-    judge = ready(RewardModel(model=model, micro_batch_tokens=64))
-    with pytest.raises(ValueError, match=r"sequence 1 \(0 tokens\)"):
-        judge.score([[3, 4], []])
-    with torch.no_grad():
-        judge.scorer.model.score.weight.fill_(math.inf)
-    with pytest.raises(ValueError, match="expected a finite number"):
-        judge.score([[3, 4]])
+def test_model_and_functions_judge_one_rollout_together(model: Model) -> None:
+    functions = {"right": "exact_match", "letters": "letter_fraction"}
+    judge = ready(Judge(model=model, functions=functions, micro_batch_tokens=64))
+    said = [replace(rollout(prompt(), 0), text="b"), replace(rollout(prompt(), 1, response=(7,)), text="b2")]
+    rewards = judge.score_rollouts(said)
+    assert rewards["right"] == [1.0, 0.0] and rewards["letters"] == [1.0, 0.5]
+    theirs = AutoModelForSequenceClassification.from_pretrained(model.path, num_labels=1, pad_token_id=0)
+    theirs.score.weight.data.copy_(judge.scorer.model.score.weight)
+    by_hand = [theirs(input_ids=torch.tensor([r.tokens])).logits.item() for r in said]
+    assert rewards["model"] == pytest.approx(by_hand, abs=1e-5)
+    empty = replace(said[0], tokens=())
+    assert math.isnan(judge.score_rollouts([empty])["model"][0])  # refused where rewards are weighed
+
+
+def test_functions_judge_without_a_model() -> None:
+    judge = ready(Judge(model=None, functions={"right": "exact_match"}, micro_batch_tokens=64))
+    assert judge.score_rollouts([rollout(prompt())]) == {"right": [1.0]}
+
+
+def test_actor_and_reference_give_the_whole_distribution(model: Model) -> None:
+    """Of plain Transformers' logits / T at every action; zeros elsewhere."""
+    given = columns()
+    logits = AutoModelForCausalLM.from_pretrained(model.path)(input_ids=given["tokens"][:1]).logits[0] / 0.7
+    expected = logits.log_softmax(-1)[1:5]
+    actor = make_actor(model, temperature=0.7, distribution=True)
+    for worker in (actor, ready(Reference(model=model, temperature=0.7))):
+        found = worker.distributions(batch(), [[1], [], [0]])
+        assert found.shape == (2, 6, tiny.VOCAB)
+        torch.testing.assert_close(found[1, 2:], expected, atol=1e-5, rtol=0)
+        assert not found[1, :2].any() and not found[0, 3:].any()
+
+    def toward_token_3(policy: PolicyOutput, part: Experience) -> Loss:
+        return Loss(values=-policy.distribution[..., 3], metrics={})
+
+    actor.loss = toward_token_3
+    losses = [actor.update(minibatch(experience(torch.ones(3, 6))), [[0, 1], [2]])["loss"] for _ in range(5)]
+    assert losses[-1] < losses[0] / 2  # its gradient reaches the weights
 
 
 def test_heads_are_equal_on_all_ranks(model: Model) -> None:
     seeds = [ScoreModel.load(model, head_seed=5).model.score.weight for _ in range(2)]
     assert torch.equal(*seeds)
     assert torch.equal(
-        ready(RewardModel(model=model, micro_batch_tokens=9)).scorer.model.score.weight, seeds[0]
+        ready(Judge(functions={}, model=model, micro_batch_tokens=9)).scorer.model.score.weight, seeds[0]
     )
 
 

@@ -8,10 +8,13 @@ from orchestrator.config.data import ChatData, PromptData, Task
 from orchestrator.config.model import Model, Optimizer
 from orchestrator.config.rl import RL, Evaluation, SamplingConfig, Updates, algorithm
 from orchestrator.config.roles import (
+    MODEL,
+    CriticRole,
     Deadlines,
     EngineConfig,
     Placement,
     ReferenceRole,
+    RewardFunction,
     RewardRole,
     RoleTable,
     TrainedRole,
@@ -21,8 +24,10 @@ from orchestrator.config.run import Run, Tracking
 from orchestrator.config.stages import RewardModel, Sft
 
 __all__ = [
+    "MODEL",
     "RL",
     "ChatData",
+    "CriticRole",
     "Deadlines",
     "EngineConfig",
     "Evaluation",
@@ -31,6 +36,7 @@ __all__ = [
     "Placement",
     "PromptData",
     "ReferenceRole",
+    "RewardFunction",
     "RewardModel",
     "RewardRole",
     "RoleTable",

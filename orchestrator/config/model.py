@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from orchestrator.settings import Fraction, Settings
 
@@ -26,10 +26,16 @@ class Model(Settings):
 
 
 class Optimizer(Settings):
-    """AdamW under DeepSpeed."""
+    """Under DeepSpeed; the same step at every ZeRO stage and number of ranks."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices between embedding and head, and adamw for the rest."""
     learning_rate: NonNegativeFloat = 1e-6
     """Peak learning rate."""
+    adam_learning_rate: NonNegativeFloat | None = None
+    """Under muon, the peak for what adamw steps; default: learning_rate."""
+    momentum: Fraction = 0.95
+    """Muon's Nesterov momentum."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """Adam's decay rates."""
     eps: PositiveFloat = 1e-8
@@ -39,9 +45,19 @@ class Optimizer(Settings):
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this norm."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up; linear and cosine end at 0 on the last step of the stage."""
+    """Learning rate after the warm-up; linear and cosine fall to 0, which the step after the last would have.
+    Counted in steps taken: a skipped one, or the actor's during rl.critic_warmup, moves nothing."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: what is sharded over the ranks (1 optimizer state, 2 + gradients, 3 + parameters). On
     one rank float32 always runs at 0; bfloat16 runs at 2 or 3, the stages that add up in float32."""
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Optimizer:
+        if self.adam_learning_rate is not None and self.name != "muon":
+            raise ValueError(
+                f"adam_learning_rate={self.adam_learning_rate} is for name=muon; "
+                "adamw has one rate, learning_rate"
+            )
+        return self

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
 from orchestrator import plugins
 from orchestrator.algorithms._base import AlgorithmConfig
 from orchestrator.config.data import PromptData
+from orchestrator.filters import GroupFilter
 from orchestrator.settings import Aggregate, Settings
+from orchestrator.shaping import Shaping
 
 
 def algorithm(value: Any) -> Any:
@@ -39,6 +41,9 @@ class Updates(Settings):
     aggregate: Aggregate | None = None
     """What a token weighs: token_mean, sequence_mean, or constant_length (max_new_tokens); default: the rule
     of the algorithm's paper."""
+    old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
+    """Log-probs of the policy before the step: recompute them; take the engine's as they are (rollout: saves
+    a forward pass, and its mismatch enters the ratio); or auto: recompute where the algorithm reads them."""
 
 
 class Evaluation(Settings):
@@ -70,8 +75,17 @@ class RL(Settings):
     """How responses are drawn."""
     updates: Updates = Updates()
     """How a batch of experience becomes optimizer steps."""
+    shaping: Shaping = Shaping()
+    """What happens to the rewards before the algorithm sees them."""
+    filter: GroupFilter | None = None
+    """Groups without signal are dropped and other prompts drawn instead; null: every group stays."""
     staleness: NonNegativeInt = 0
     """Updates that a rollout may be behind; 0 is the synchronous algorithm."""
+    critic_warmup: NonNegativeInt = 0
+    """First steps in which only the critic learns and the actor is frozen."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keeps an average of the actor's weights, decay x average + (1 - decay) x weights per optimizer step,
+    and exports it as model_ema/; null: none."""
     evaluation: Evaluation | None = None
     """Held-out evaluation; default: none, unless the run has a task."""
     save_every: NonNegativeInt = 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from orchestrator.config.model import Optimizer
 from orchestrator.settings import Fraction, RoleName, Settings
+
+MODEL = "model"  # the name of the reward model among several rewards
 
 
 class Workers(Settings):
@@ -36,11 +38,47 @@ class TrainedRole(Workers):
     """Optimizer of this role in the rl stage."""
 
 
+class CriticRole(TrainedRole):
+    start_from: Literal["auto", "reward", "actor"] = "auto"
+    """Weights to start from when `model` is not given: the reward model's or the actor's (with a head that
+    says 0); auto: the reward model's where there is one (arXiv:2203.02155)."""
+
+
+class RewardFunction(Settings):
+    """One of several rewards."""
+
+    function: str | None = None
+    """A file in actors/rewards/, or package.module:name; default: the file of the reward's own name."""
+    weight: FiniteFloat = 1.0
+    """Of this reward in the sum; 0: only logged."""
+
+
 class RewardRole(Workers):
     model: str | None = None
     """Reward model folder or Hub id; default: what the reward_model stage trained."""
     function: str | None = None
     """A reward function instead of a model: a file in actors/rewards/, or package.module:name."""
+    functions: dict[str, RewardFunction] = Field(default_factory=dict)
+    """Several reward functions by name, beside the model where there is one: {exact_match: {weight: 0.5}}.
+    The reward is the weighted sum, each is logged as reward/NAME."""
+    model_weight: FiniteFloat | None = 1.0
+    """Weight of the model beside `functions`; 0: only logged; null: no model is started."""
+
+    def weights(self, *, stage: bool) -> dict[str, float]:
+        """Weight of each reward by name, the model's under "model"; ``stage``: whether a reward_model stage
+        trains one."""
+        if self.function is not None:
+            return {self.function: 1.0}
+        model = {} if self.model_weight is None or not (self.model or stage) else {MODEL: self.model_weight}
+        if not self.functions:
+            return dict.fromkeys(model, 1.0)
+        return model | {name: reward.weight for name, reward in self.functions.items()}
+
+    def specs(self) -> dict[str, str]:
+        """Where the function of each reward is, by name."""
+        if self.function is not None:
+            return {self.function: self.function}
+        return {name: reward.function or name for name, reward in self.functions.items()}
 
 
 class ReferenceRole(Workers):
@@ -51,12 +89,12 @@ class ReferenceRole(Workers):
 class RoleTable(Settings):
     actor: TrainedRole = TrainedRole()
     """The policy; also the workers of the sft stage."""
-    critic: TrainedRole = TrainedRole()
-    """State values for PPO."""
+    critic: CriticRole | None = CriticRole()
+    """State values, for algorithms with a critic; null refuses those."""
     reward: RewardRole = RewardRole()
     """The judge of finished responses; also the workers of the reward_model stage."""
-    reference: ReferenceRole = ReferenceRole()
-    """The frozen policy."""
+    reference: ReferenceRole | None = ReferenceRole()
+    """The frozen policy, for algorithms with a KL to it; null refuses those."""
 
 
 class EngineConfig(Settings):

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from orchestrator.config.data import Task
 from orchestrator.config.model import Model
 from orchestrator.config.rl import RL
-from orchestrator.config.roles import Deadlines, EngineConfig, Placement, RoleTable
+from orchestrator.config.roles import MODEL, Deadlines, EngineConfig, Placement, RewardRole, RoleTable
 from orchestrator.config.stages import RewardModel, Sft
 from orchestrator.settings import Settings
 
@@ -88,9 +88,8 @@ def _check_share(placement: Placement, roles: RoleTable, engine: EngineConfig) -
             if role in seen:
                 raise ValueError(f"placement.share names {role!r} twice; a role lives in one place")
             seen.add(role)
-        on_gpu = {
-            role: (engine.gpus if role == "engine" else getattr(roles, role).gpus) > 0 for role in group
-        }
+        places = {role: engine if role == "engine" else getattr(roles, role) for role in group}
+        on_gpu = {role: place.gpus > 0 for role, place in places.items() if place is not None}
         if len(set(on_gpu.values())) > 1:
             raise ValueError(
                 f"placement.share={list(group)} mixes roles on GPUs and on CPUs {on_gpu}; "
@@ -111,19 +110,66 @@ def _check_rl(run: Run, rl: RL) -> None:
             f"rl.sampling.max_new_tokens={rl.sampling.max_new_tokens} leaves no room for a prompt in "
             f"model.max_length={run.model.max_length}; lower the first or raise the second"
         )
-    reward = run.roles.reward
-    if reward.model and reward.function:
+    _check_reward(run.roles.reward, stage=run.reward_model is not None)
+    _check_algorithm(run, rl)
+
+
+def _check_reward(reward: RewardRole, *, stage: bool) -> None:
+    if reward.function and (reward.model or reward.functions):
+        other = f"model={reward.model!r}" if reward.model else f"functions={sorted(reward.functions)}"
         raise ValueError(
-            f"roles.reward.model={reward.model!r} and roles.reward.function={reward.function!r} are both "
-            "set; keep one"
+            f"roles.reward.{other} and roles.reward.function={reward.function!r} are both set; keep one, "
+            "or put the function into roles.reward.functions"
         )
-    if not (reward.model or reward.function or run.reward_model):
+    if MODEL in reward.functions:
         raise ValueError(
-            "nothing gives rewards: set roles.reward.model, roles.reward.function, or add a "
-            "reward_model stage"
+            f"roles.reward.functions.{MODEL}: that name is the reward model's; give the function another"
         )
+    weights = reward.weights(stage=stage)
+    if not weights:
+        raise ValueError(
+            "nothing gives rewards: set roles.reward.model, roles.reward.function or roles.reward.functions, "
+            "or add a reward_model stage"
+        )
+    if not any(weights.values()):
+        raise ValueError(
+            f"every reward has the weight 0 ({', '.join(weights)}): nothing would be learned; set one of "
+            "roles.reward.functions.NAME.weight or roles.reward.model_weight"
+        )
+
+
+def _check_algorithm(run: Run, rl: RL) -> None:
+    name, needed = rl.algorithm.name, rl.algorithm.roles()
+    for role in sorted(needed):
+        if getattr(run.roles, role) is None:
+            raise ValueError(
+                f"roles.{role}=null switches off what rl.algorithm.name={name} needs as configured; leave it "
+                f"out of the run, or choose settings without {role}"
+            )
     if rl.algorithm.compares_siblings and rl.samples_per_prompt < 2:
         raise ValueError(
             f"rl.samples_per_prompt={rl.samples_per_prompt}: {type(rl.algorithm).__name__} compares the "
             "samples of one prompt and learns nothing from one; use 2 or more"
+        )
+    if rl.critic_warmup and "critic" not in needed:
+        raise ValueError(
+            f"rl.critic_warmup={rl.critic_warmup} but {name} has no critic to warm up; set it to 0"
+        )
+    if rl.critic_warmup >= rl.steps:
+        raise ValueError(
+            f"rl.critic_warmup={rl.critic_warmup} leaves the actor none of rl.steps={rl.steps} "
+            "steps; lower it"
+        )
+    critic = run.roles.critic
+    if critic is None or "critic" not in needed or critic.start_from == "auto":
+        return
+    if critic.model:
+        raise ValueError(
+            f"roles.critic.model={critic.model!r} and roles.critic.start_from={critic.start_from} are both "
+            "set; keep one"
+        )
+    if critic.start_from == "reward" and not (run.roles.reward.model or run.reward_model):
+        raise ValueError(
+            "roles.critic.start_from=reward but the run has no reward model; use actor, or give "
+            "roles.reward.model or a reward_model stage"
         )

@@ -2,6 +2,8 @@
 classes."""
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from ray.util.placement_group import PlacementGroup
@@ -21,13 +23,12 @@ from actors.group import (
 )
 from actors.learner import LossFunction
 from actors.reference import Reference
-from actors.reward import RewardLearner, RewardModel
-from actors.reward_function import FunctionReward
+from actors.reward import Judge, RewardLearner
 from actors.worker import RosterLine
 from launch.cluster import Cluster
 from launch.engines import connect_weights, spawn_engines
 from launch.environment import MODEL_ENV, WORKER_ENV
-from orchestrator.config import Model, Optimizer, Run, Workers
+from orchestrator.config import MODEL, Model, Optimizer, Run, Workers
 from orchestrator.placement import Layout
 from orchestrator.roles import Role, Roles
 
@@ -46,7 +47,7 @@ class Crew:
         self.store = ObjectStore()
         self._started: list[Role] = []
 
-    async def group(self, cls: type, group_cls: type[G], role: str, **settings: Any) -> G:
+    async def group(self, cls: type, group_cls: Callable[..., G], role: str, **settings: Any) -> G:
         """Starts a role's workers and waits until each has its model."""
         place: Workers = getattr(self.run.roles, role)
         env = {**WORKER_ENV, **MODEL_ENV, "OMP_NUM_THREADS": str(place.threads)}
@@ -89,7 +90,7 @@ class Crew:
         rl = self.run.rl
         assert rl is not None
         table, temperature = self.run.roles, rl.sampling.temperature
-        total_steps = rl.steps * rl.updates.epochs * rl.updates.minibatches
+        per_step = rl.updates.epochs * rl.updates.minibatches
 
         def model(role: str) -> Model:
             return self.run.model.model_copy(update={"path": models[role]})
@@ -97,16 +98,17 @@ class Crew:
         starts: dict[str, Any] = {
             "actor": self.group(
                 Actor, ActorGroup, "actor", model=model("actor"), optimizer=table.actor.optimizer,
-                total_steps=total_steps, loss=rl.algorithm.policy_loss, temperature=temperature,
-                entropy=rl.algorithm.wants_entropy,
+                total_steps=(rl.steps - rl.critic_warmup) * per_step, loss=rl.algorithm.policy_loss,
+                temperature=temperature, entropy=rl.algorithm.wants_entropy, ema_decay=rl.ema_decay,
             ),
             "engine": self._engines(models["actor"]),
             "reward": self._reward(models),
         }  # fmt: skip
         if "critic" in rl.algorithm.roles():
+            assert table.critic is not None  # config refuses it
             starts["critic"] = self.group(
                 Critic, LearnerGroup, "critic", model=model("critic"), optimizer=table.critic.optimizer,
-                total_steps=total_steps, loss=rl.algorithm.value_loss,
+                total_steps=rl.steps * per_step, loss=rl.algorithm.value_loss,
             )  # fmt: skip
         if "reference" in rl.algorithm.roles():
             starts["reference"] = self.group(
@@ -128,11 +130,12 @@ class Crew:
 
     async def _reward(self, models: dict[str, str]) -> RewardGroup:
         place = self.run.roles.reward
-        if place.function:
-            return await self.group(FunctionReward, RewardGroup, "reward", function=place.function)
-        model = self.run.model.model_copy(update={"path": models["reward"]})
-        settings = {"model": model, "micro_batch_tokens": place.micro_batch_tokens}
-        return await self.group(RewardModel, RewardGroup, "reward", **settings)
+        weights = place.weights(stage=self.run.reward_model is not None)
+        model = self.run.model.model_copy(update={"path": models["reward"]}) if MODEL in weights else None
+        return await self.group(
+            Judge, partial(RewardGroup, weights=weights), "reward",
+            model=model, functions=place.specs(), micro_batch_tokens=place.micro_batch_tokens,
+        )  # fmt: skip
 
 
 def rl_roles(run: Run) -> list[str]:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from importlib import metadata, resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,7 +25,7 @@ from orchestrator.config import Run
 from orchestrator.configfile import load_run, run_as_yaml
 from orchestrator.plugins import nearest
 
-PRESETS = "launch.presets"
+PRESETS, ALGORITHMS = "launch.presets", "algorithms"
 REFUSED, INTERRUPTED = 2, 130
 
 OVERVIEW = """\
@@ -31,13 +34,17 @@ usage: quartet VERB ...
 Trains language models from human feedback on Ray, DeepSpeed and vLLM.
 
 verbs
-  train RUN [a.b.c=value ...] [--resume | --fresh]   train; RUN is a YAML file or a preset
-  config RUN [a.b.c=value ...]                       print the run with every default filled in
-  train --help                                       every field of a run
-  --help, --version                                  this text; the version
+  train RUN... [a.b.c=value ...] [--resume | --fresh]   train; RUN is a YAML file or a preset
+  config RUN... [a.b.c=value ...]                       print the run with every default filled in
+  train --help                                          every field of a run
+  --help, --version                                     this text; the version
 
-presets
-  {presets}
+Several RUNs lie on one another, the last on top: quartet train quickstart dapo rl.steps=10
+
+presets of whole runs
+  {runs}
+presets of algorithms, to lay on a run
+  {algorithms}
 """
 
 
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def dispatch(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(OVERVIEW.format(presets="  ".join(presets()) or "none"), end="")
+        print(OVERVIEW.format(runs="  ".join(presets()), algorithms="  ".join(algorithms())), end="")
         return 0 if argv else REFUSED
     if argv[0] == "--version":
         print(f"quartet {metadata.version('quartet-rlhf')}")
@@ -78,12 +85,12 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 def train(argv: Sequence[str]) -> int:
-    """``quartet train RUN [a.b.c=value ...] [--resume | --fresh]``."""
+    """``quartet train RUN... [a.b.c=value ...] [--resume | --fresh]``."""
     if "-h" in argv or "--help" in argv:
         print(train_help(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), end="")
         return 0
     arguments = train_parser().parse_intermixed_args(argv)
-    run = resolve(arguments.run, arguments.overrides)
+    run = resolve(arguments.words)
 
     prepare_environment()
     from launch import train as training  # noqa: PLC0415 - torch and ray load here, after the run is valid
@@ -92,12 +99,14 @@ def train(argv: Sequence[str]) -> int:
 
 
 def config(argv: Sequence[str]) -> int:
-    """``quartet config RUN [a.b.c=value ...]``."""
+    """``quartet config RUN... [a.b.c=value ...]``."""
     if "-h" in argv or "--help" in argv:
-        print("usage: quartet config RUN [a.b.c=value ...]\n\nPrints the run with every default filled in.")
+        print(
+            "usage: quartet config RUN... [a.b.c=value ...]\n\nPrints the run with every default filled in."
+        )
         return 0
     arguments = run_parser("config").parse_intermixed_args(argv)
-    print(run_as_yaml(resolve(arguments.run, arguments.overrides)), end="")
+    print(run_as_yaml(resolve(arguments.words)), end="")
     return 0
 
 
@@ -106,8 +115,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "config": co
 
 def run_parser(verb: str) -> Parser:
     parser = Parser(prog=f"quartet {verb}", add_help=False)
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("overrides", nargs="*", metavar="a.b.c=value")
+    parser.add_argument("words", nargs="+", metavar="RUN")
     return parser
 
 
@@ -120,8 +128,10 @@ def train_parser() -> Parser:
 
 def train_help(*, colour: bool) -> str:
     opening = (
-        "usage: quartet train RUN [a.b.c=value ...] [--resume | --fresh]\n\n"
-        f"RUN is a YAML file, or a preset: {', '.join(presets()) or 'none yet'}.\n"
+        "usage: quartet train RUN... [a.b.c=value ...] [--resume | --fresh]\n\n"
+        f"RUN is a YAML file, or a preset: {', '.join(presets())}.\n"
+        "Several RUNs lie on one another, the last on top. Presets of algorithms, to lay on a run:\n"
+        f"{', '.join(algorithms())}.\n"
         "Values are YAML: 0.5, true, null, [1, 2].\n"
         "When run_dir holds a run: --resume goes on from its last checkpoint, --fresh starts over.\n"
     )
@@ -130,23 +140,50 @@ def train_help(*, colour: bool) -> str:
     )
 
 
-def resolve(name: str, overrides: Sequence[str]) -> Run:
-    """The validated run behind a YAML path or the name of a preset."""
-    if name.endswith((".yaml", ".yml")) or os.sep in name:
-        return load_run(Path(name), overrides)
-    known = presets()
-    if name not in known:
-        hint = nearest(name, known)
+def resolve(words: Sequence[str]) -> Run:
+    """The validated run: YAML paths and presets laid on one another, then ``a.b.c=value`` in their order."""
+    overrides = [word for word in words if re.match(r"[\w.]*=", word)]
+    runs = [word for word in words if word not in overrides]
+    if not runs:
+        raise ValueError(f"{words[0]!r} overrides no run; give a YAML file or a preset first")
+    if not any(is_file(name) or name in presets() for name in runs) and runs[0] in algorithms():
         raise ValueError(
-            f"unknown preset {name!r}{hint}; known: {', '.join(known) or 'none'}; or give a .yaml file"
+            f"{runs[0]!r} is an algorithm and no whole run; lay it on one: quartet train quickstart {runs[0]}"
         )
-    with resources.as_file(resources.files(PRESETS) / f"{name}.yaml") as file:
-        return load_run(file, overrides)
+    with ExitStack() as open_files:
+        files = [Path(name) if is_file(name) else open_files.enter_context(preset(name)) for name in runs]
+        return load_run(files, overrides)
+
+
+def is_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml")) or os.sep in word
+
+
+def preset(name: str) -> AbstractContextManager[Path]:
+    """The file of a preset, of a run or an algorithm; ValueError lists the known ones."""
+    folder = resources.files(PRESETS)
+    if name in presets():
+        return resources.as_file(folder / f"{name}.yaml")
+    if name in algorithms():
+        return resources.as_file(folder / ALGORITHMS / f"{name}.yaml")
+    known = [*presets(), *algorithms()]
+    raise ValueError(
+        f"unknown preset {name!r}{nearest(name, known)}; known: {', '.join(known)}; or give a .yaml file"
+    )
 
 
 def presets() -> list[str]:
-    """Names of the YAML files in launch/presets/."""
-    files = (entry.name for entry in resources.files(PRESETS).iterdir())
+    """Names of the YAML files in launch/presets/: whole runs."""
+    return _names(resources.files(PRESETS))
+
+
+def algorithms() -> list[str]:
+    """Names of the YAML files in launch/presets/algorithms/: what a paper sets, to lay on a run."""
+    return _names(resources.files(PRESETS) / ALGORITHMS)
+
+
+def _names(folder: Traversable) -> list[str]:
+    files = (entry.name for entry in folder.iterdir())
     return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 

@@ -92,7 +92,8 @@ def leaves_of(settings: type[Settings], prefix: str, defaults: Settings) -> Iter
                 path=f"{prefix}{name}.name", kind=known, default=value.name, text=field.description or ""
             )
         else:
-            yield from leaves_of(inner, f"{prefix}{name}.", value or inner())
+            own = f"{name}.NAME" if get_origin(field.annotation) is dict else name
+            yield from leaves_of(inner, f"{prefix}{own}.", value or inner())
 
 
 def leaf(path: str, field: FieldInfo, value: object) -> Leaf:

@@ -45,8 +45,8 @@ def prepare(run: Run, folder: Path) -> Materials:
     for field, path in role_models(run).items():
         same_tokenizer(tokenizer, load_tokenizer(path, None, field=field), names=("model.path", field))
     _check_length(run.model)
-    if run.roles.reward.function:
-        find_reward_function(run.roles.reward.function)
+    for spec in run.roles.reward.specs().values():
+        find_reward_function(spec)
     pairs, heldout = _pairs(run.reward_model, run.model, tokenizer) if run.reward_model else (None, None)
     sft = None
     if run.sft:
@@ -86,10 +86,8 @@ def with_task(run: Run, folder: Path) -> Run:
 
 def role_models(run: Run) -> dict[str, str]:
     """The models that the run names beside the base, by field."""
-    named = {
-        f"roles.{role}.model": getattr(run.roles, role).model
-        for role in ("actor", "critic", "reward", "reference")
-    }
+    roles = {role: getattr(run.roles, role) for role in ("actor", "critic", "reward", "reference")}
+    named = {f"roles.{role}.model": own.model for role, own in roles.items() if own is not None}
     if run.reward_model:
         named["reward_model.model"] = run.reward_model.model
     return {field: path for field, path in named.items() if path}

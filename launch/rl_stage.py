@@ -14,12 +14,14 @@ from orchestrator import metrics as names
 from orchestrator.batch import Batch, Prompt, ScoredRollout, StopReason
 from orchestrator.checkpoint import Checkpoints
 from orchestrator.config import RL, Run
+from orchestrator.driver_state import DriverState
 from orchestrator.evaluate import evaluate
 from orchestrator.ledger import Ledger
 from orchestrator.loop import train
 from orchestrator.metrics import rollout_metrics, throughput
 from orchestrator.publish import Probe
 from orchestrator.roles import Metrics, Roles
+from orchestrator.shaping import RunningStats
 from orchestrator.timed import timed
 from orchestrator.timeline import Timeline
 
@@ -45,12 +47,11 @@ async def run_rl(session: Session, models: dict[str, str]) -> StageResult:
         )  # fmt: skip
         folder = session.folder.path / "model"
         await roles.actor.export(folder)
-        return {
-            "model": str(folder),
-            "steps": rl.steps,
-            "checkpoint": str(journal.newest),
-            **journal.accuracies,
-        }
+        result: StageResult = {"model": str(folder), "steps": rl.steps, "checkpoint": str(journal.newest)}
+        if rl.ema_decay is not None:
+            await roles.actor.export_average(session.folder.path / "model_ema")
+            result["model_ema"] = str(session.folder.path / "model_ema")
+        return {**result, **journal.accuracies}
     finally:
         await crew.close()
 
@@ -78,17 +79,17 @@ class Journal:
         self.newest: Path | None = None
         self.accuracies: dict[str, float] = {}
 
-    async def restore(self) -> int:
-        """The step to go on from; 0 on a fresh run."""
+    async def restore(self) -> DriverState:
+        """What to go on from; step 0 on a fresh run."""
         latest = self.checkpoints.latest()
         if latest is None:
-            return 0
+            return DriverState(step=0, kl_coef=self.rl.algorithm.initial_kl_coef, rewards=RunningStats())
         self.newest, manifest = latest
         for name, learner in self.roles.learners():
             await learner.load(self.newest / name)
         self.ledger.restore(manifest.ledger)
         self.session.progress.note(f"resumed from step {manifest.step}: {self.newest}")
-        return manifest.step
+        return DriverState.restored(manifest.driver)
 
     async def started(self, step: int) -> None:
         if step == 0:
@@ -96,9 +97,9 @@ class Journal:
         self.timeline.end_step()
 
     async def stepped(
-        self, step: int, groups: Sequence[Sequence[ScoredRollout]], batch: Batch, metrics: Metrics
+        self, state: DriverState, groups: Sequence[Sequence[ScoredRollout]], batch: Batch, metrics: Metrics
     ) -> None:
-        times = self.timeline.end_step()
+        times, step = self.timeline.end_step(), state.step
         scored = [sample for group in groups for sample in group]
         truncated = sum(s.rollout.stop is StopReason.LENGTH for s in scored) / len(scored)
         figures = {
@@ -111,13 +112,14 @@ class Journal:
         self.session.progress.step("rl", step, self.rl.steps, figures)
         if self.rl.samples_every and (step % self.rl.samples_every == 0 or step == 1):
             write_samples(self.session.folder.path / "samples.jsonl", step, scored[:SAMPLES_WRITTEN])
-        await self._milestones(step)
+        await self._milestones(state)
         self.timeline.end_step()
 
-    async def _milestones(self, step: int) -> None:
+    async def _milestones(self, state: DriverState) -> None:
+        step = state.step
         last = step == self.rl.steps
         if last or (self.rl.save_every and step % self.rl.save_every == 0):
-            self.newest = await self.checkpoints.save(step, dict(self.roles.learners()), self.ledger.state())
+            self.newest = await self.checkpoints.save(state, dict(self.roles.learners()), self.ledger.state())
         evaluation = self.rl.evaluation
         if last:
             await self._evaluate(step, "accuracy_after")

@@ -70,14 +70,15 @@ async def stages(session: Session) -> dict[str, StageResult]:
 
 
 def rl_models(run: Run, base: str, reward_model: str | None) -> dict[str, str]:
-    """Where each role's initial weights are. The critic starts from the reward model (arXiv:2203.02155), if
-    there is one."""
+    """Where the initial weights are of each role that the run may start."""
     roles = run.roles
     actor = roles.actor.model or base
-    models = {"actor": actor, "reference": roles.reference.model or actor}
+    models = {"actor": actor, "reference": (roles.reference and roles.reference.model) or actor}
     if reward_model:
         models["reward"] = reward_model
-    models["critic"] = roles.critic.model or reward_model or actor
+    if roles.critic is not None:
+        start = actor if roles.critic.start_from == "actor" else reward_model or actor
+        models["critic"] = roles.critic.model or start
     return models
 
 

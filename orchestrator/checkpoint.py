@@ -13,7 +13,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from orchestrator.driver_state import DriverState
 from orchestrator.roles import Learner
 
 MANIFEST = "manifest.json"
@@ -29,6 +31,7 @@ class Manifest:
 
     step: int
     ledger: dict[str, int]
+    driver: dict[str, Any]  # DriverState.plain()
     files: dict[str, str]  # relative path -> sha256
 
 
@@ -38,15 +41,15 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int) -> None:
         self._folder, self._keep = folder, keep
 
-    async def save(self, step: int, learners: Mapping[str, Learner], ledger: dict[str, int]) -> Path:
+    async def save(self, state: DriverState, learners: Mapping[str, Learner], ledger: dict[str, int]) -> Path:
+        step = state.step
         draft, final = self._folder / f"tmp-{step:08d}", self._folder / f"step-{step:08d}"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         await asyncio.gather(*(learner.save(draft / name) for name, learner in learners.items()))
         files = {str(path.relative_to(draft)): sha256(path) for path in files_of(draft)}
-        write_durably(
-            draft / MANIFEST, json.dumps(asdict(Manifest(step=step, ledger=ledger, files=files)), indent=1)
-        )
+        manifest = Manifest(step=step, ledger=ledger, driver=state.plain(), files=files)
+        write_durably(draft / MANIFEST, json.dumps(asdict(manifest), indent=1))
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         sync_folder(self._folder)

@@ -1,4 +1,7 @@
-"""Reads and writes the run tree: defaults <- one YAML file <- ``a.b.c=value``. Nothing else can set a knob.
+"""Reads and writes the run tree: defaults <- YAML files <- ``a.b.c=value``. Nothing else can set a knob.
+
+Several files lie on one another, the last on top: a mapping is merged key by key, anything else replaced.
+One exception: an algorithm of another name replaces the whole one below it, whose settings it does not know.
 
 Every complaint is a ValueError with the path of the field, the rule, the value and, for a name, its nearest
 neighbour.
@@ -6,7 +9,7 @@ neighbour.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,16 +17,20 @@ from pydantic import BaseModel, ValidationError
 from orchestrator.config import Run, algorithm
 from orchestrator.plugins import nearest
 
+ALGORITHM = ("rl", "algorithm")  # whose fields depend on the name among them
 
-def load_run(file: Path | None, overrides: Sequence[str]) -> Run:
+
+def load_run(files: Sequence[Path], overrides: Sequence[str]) -> Run:
     """The validated run; ValueError lists everything that is wrong with it, a line each."""
-    tree = read_yaml(file) if file else {}
+    tree: dict[str, Any] = {}
+    for file in files:
+        tree = merged(tree, read_yaml(file))
     for override in overrides:
         apply_override(tree, override)
     try:
         return Run(**tree)
     except ValidationError as error:
-        where = f"{file}: " if file else ""
+        where = f"{' + '.join(map(str, files))}: " if files else ""
         raise ValueError("\n".join(f"{where}{line}" for line in explain(error, tree))) from None
 
 
@@ -38,6 +45,22 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ValueError(
             f"{file} holds {type(tree).__name__}; expected fields of a run, e.g. `model: {{path: ...}}`"
         )
+    return tree
+
+
+def merged(below: dict[str, Any], above: dict[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tree ``above`` laid on ``below``.
+
+    >>> merged({"seed": 1, "rl": {"steps": 3}}, {"rl": {"staleness": 1}})
+    {'seed': 1, 'rl': {'steps': 3, 'staleness': 1}}
+    """
+    tree = dict(below)
+    for key, value in above.items():
+        under: Any = tree.get(key)
+        here, both = (*path, key), isinstance(value, dict) and isinstance(under, dict)
+        name = under.get("name", "ppo") if both and here == ALGORITHM else None
+        other = name is not None and value.get("name", name) != name
+        tree[key] = merged(under, value, here) if both and not other else value
     return tree
 
 
@@ -77,10 +100,11 @@ def explain(error: ValidationError, tree: dict[str, Any]) -> list[str]:
 
 def known_fields(path: Sequence[str], tree: dict[str, Any]) -> list[str]:
     """The field names of the settings class that a path leads to."""
-    if list(path) == ["rl", "algorithm"]:  # its class depends on the name beside it
+    if tuple(path) == ALGORITHM:
         return sorted(type(algorithm({"name": tree["rl"]["algorithm"].get("name", "ppo")})).model_fields)
     settings: type[BaseModel] = Run
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         field = settings.model_fields.get(part)
         inner = (
             [t for t in (field.annotation, *get_args(field.annotation)) if is_settings(t)] if field else []
@@ -88,6 +112,8 @@ def known_fields(path: Sequence[str], tree: dict[str, Any]) -> list[str]:
         if not inner:
             return []
         settings = inner[0]
+        if field is not None and get_origin(field.annotation) is dict:
+            next(parts, None)  # a name of the user's
     return sorted(settings.model_fields)
 
 

@@ -7,6 +7,7 @@ as far as ``rl.staleness`` allows (``stream.py``); within a step, all roles that
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -14,11 +15,14 @@ from torch import Tensor
 from orchestrator.batch import Batch, Experience, Prompt, ScoredRollout
 from orchestrator.collate import collate
 from orchestrator.config import RL
+from orchestrator.drawing import draw, sample
+from orchestrator.driver_state import DriverState
 from orchestrator.ledger import Ledger
-from orchestrator.metrics import logprob_mismatch, mean_metrics
+from orchestrator.metrics import KL_COEF, logprob_mismatch, mean_metrics
 from orchestrator.minibatch import minibatches
 from orchestrator.publish import Probe, publish
-from orchestrator.roles import Metrics, Roles, Sampling
+from orchestrator.roles import Metrics, PolicyScorer, Roles, Scorer
+from orchestrator.shaping import shape
 from orchestrator.stream import RolloutStream
 
 
@@ -31,7 +35,7 @@ class Observer(Protocol):
 
     async def started(self, step: int) -> None: ...
     async def stepped(
-        self, step: int, groups: Sequence[Sequence[ScoredRollout]], batch: Batch, metrics: Metrics
+        self, state: DriverState, groups: Sequence[Sequence[ScoredRollout]], batch: Batch, metrics: Metrics
     ) -> None: ...
 
 
@@ -42,56 +46,73 @@ async def train(  # noqa: PLR0913 - a run, by name
     *,
     observer: Observer,
     probe: Probe,
-    start: int,
+    start: DriverState,
     seed: int,
     pad_id: int,
 ) -> None:
-    """Runs the steps ``start + 1`` to ``rl.steps``; the learners hold the weights of step ``start``."""
-    step = start
-    proof = await publish(roles, step, probe)
-    await observer.started(step)
-    sampling = Sampling(**rl.sampling.model_dump())
+    """Runs the steps ``start.step + 1`` to ``rl.steps``; the learners hold the weights of ``start``."""
+    state = start
+    proof = await publish(roles, state.step, probe)
+    await observer.started(state.step)
 
-    async def sample(prompt: Prompt) -> list[ScoredRollout]:
-        rollouts = await roles.engine.generate(prompt, rl.samples_per_prompt, sampling)
-        return await roles.reward.score(rollouts)
+    async def sampled(prompt: Prompt) -> list[ScoredRollout]:
+        return await sample(prompt, rl, roles)
 
     slots = (rl.staleness + 1) * rl.prompts_per_step
-    async with RolloutStream(ledger.prompts(), sample, slots=slots) as stream:
-        while step < rl.steps:
-            groups = await stream.take(rl.prompts_per_step)
-            batch = collate([scored for group in groups for scored in group], pad_id=pad_id)
-            check_fresh(batch, step, rl.staleness)
+    async with RolloutStream(ledger.prompts(), sampled, slots=slots) as stream:
+        while state.step < rl.steps:
+            drawn = await draw(stream, rl)
+            batch = collate([scored for group in drawn.groups for scored in group], pad_id=pad_id)
+            check_fresh(batch, state.step, rl.staleness)
             synced = await proof
 
-            scores = await score(roles, batch, rl)
-            experience, shaped = rl.algorithm.experience(batch, scores, rl.algorithm.initial_kl_coef)
-            if "actor" in scores:
-                shaped |= logprob_mismatch(scores["actor"], batch)
+            rewards, stats, shaped = shape(batch, rl.shaping, state.rewards)
+            scores, mismatch = await score(roles, batch, rl)
+            experience, judged = rl.algorithm.experience(
+                replace(batch, rewards=rewards), scores, state.kl_coef
+            )
 
-            step += 1
-            learned = await learn(roles, experience, rl, seed=seed + step)
+            step = state.step + 1
+            learned = await learn(roles, experience, rl, step=step, seed=seed + step)
             proof = await publish(roles, step, probe)
 
-            ledger.settle([group[0].rollout.prompt for group in groups], step)
-            await observer.stepped(step, groups, batch, {**learned, **shaped, **synced})
-            stream.release(len(groups))
+            metrics = {**drawn.metrics, **learned, **shaped, **judged, **mismatch, **synced}
+            metrics |= {KL_COEF: state.kl_coef} if state.kl_coef else {}
+            state = DriverState(step=step, kl_coef=next_kl_coef(rl, state, metrics, batch), rewards=stats)
+            ledger.settle(drawn.prompts, step)
+            await observer.stepped(state, drawn.groups, batch, metrics)
+            stream.release(len(drawn.groups))
     await proof
 
 
-async def score(roles: Roles, batch: Batch, rl: RL) -> dict[str, Tensor]:
-    """One forward pass per role that the algorithm reads, all at once: {role: [B, T]}."""
+async def score(roles: Roles, batch: Batch, rl: RL) -> tuple[dict[str, Tensor], Metrics]:
+    """One forward pass per role that the algorithm reads, all at once: {role: [B, T]}, and the mismatch of
+    trainer and engine where both were asked."""
+    rule, algorithm = rl.updates.old_logprobs, rl.algorithm
+    whole: dict[str, PolicyScorer | None] = {}
+    if algorithm.wants_distribution:
+        whole = {"actor": roles.actor, "reference": roles.reference}
+    scorers: dict[str, Scorer | None] = {"critic": roles.critic, "reference": roles.reference}
     num_updates = rl.updates.epochs * rl.updates.minibatches
-    scorers = {"critic": roles.critic, "reference": roles.reference}
-    if rl.algorithm.wants_scores(num_updates):
+    if rule == "recompute" or (rule == "auto" and algorithm.wants_scores(num_updates)):
         scorers["actor"] = roles.actor
-    asked = {name: scorer for name, scorer in scorers.items() if scorer is not None}
-    answers = await asyncio.gather(*(scorer.score(batch) for scorer in asked.values()))
-    return dict(zip(asked, answers, strict=True))
+    calls = {f"{name}_distribution": s.distributions(batch) for name, s in whole.items() if s is not None}
+    calls |= {name: s.score(batch) for name, s in scorers.items() if s is not None and name not in whole}
+    scores = dict(zip(calls, await asyncio.gather(*calls.values()), strict=True))
+    for name in whole.keys() & scorers.keys():
+        scores[name] = scores[f"{name}_distribution"].gather(-1, batch.tokens[..., None]).squeeze(-1)
+    mismatch = logprob_mismatch(scores["actor"], batch) if "actor" in scores else {}
+    if rule == "rollout":
+        scores["actor"] = batch.rollout_logprobs
+    return scores, mismatch
 
 
-async def learn(roles: Roles, experience: Experience, rl: RL, *, seed: int) -> Metrics:
-    """Every learner steps on the same minibatch at once; one call is one optimizer step."""
+async def learn(roles: Roles, experience: Experience, rl: RL, *, step: int, seed: int) -> Metrics:
+    """Every learner steps on the same minibatch at once; one call is one optimizer step. While the critic
+    warms up, the actor is none of them."""
+    learners = dict(roles.learners())
+    if step <= rl.critic_warmup:
+        del learners["actor"]
     history: list[Metrics] = []
     for minibatch in minibatches(
         experience,
@@ -100,7 +121,6 @@ async def learn(roles: Roles, experience: Experience, rl: RL, *, seed: int) -> M
         constant_length=rl.sampling.max_new_tokens,
         seed=seed,
     ):
-        learners = dict(roles.learners())
         answers = await asyncio.gather(*(learner.update(minibatch) for learner in learners.values()))
         history.append(
             {
@@ -110,6 +130,13 @@ async def learn(roles: Roles, experience: Experience, rl: RL, *, seed: int) -> M
             }
         )
     return mean_metrics(history)
+
+
+def next_kl_coef(rl: RL, state: DriverState, metrics: Metrics, batch: Batch) -> float:
+    """The controller's answer to this step; a frozen actor tells it nothing."""
+    if state.step < rl.critic_warmup:
+        return state.kl_coef
+    return rl.algorithm.next_kl_coef(state.kl_coef, metrics, len(batch.tokens))
 
 
 def check_fresh(batch: Batch, step: int, staleness: int) -> None:

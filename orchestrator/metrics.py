@@ -20,6 +20,7 @@ REWARD_STD = "reward_std"  # of the population: one sequence has 0
 REWARD_MIN = "reward_min"
 REWARD_MAX = "reward_max"
 KL = "kl"  # to the reference, mean over action tokens
+KL_COEF = "kl_coef"  # of the step, before the controller's answer to it
 ENTROPY = "entropy"  # nats per action token
 RESPONSE_TOKENS = "response_tokens"  # mean of the action tokens per sequence
 RESPONSE_TOKENS_MAX = "response_tokens_max"

@@ -37,11 +37,12 @@ class FakeEngine(Alive):
     """Answers after a random moment with the version it serves."""
 
     def __init__(self, checksum: int = 7):
-        self.version, self.checksum, self.seen = -1, checksum, []
+        self.version, self.checksum, self.seen, self.temperatures = -1, checksum, [], []
 
     async def generate(self, p, num_samples, sampling):
         version = self.version
         self.seen.append(p.uid)
+        self.temperatures.append(sampling.temperature)
         await asyncio.sleep(random.random() * 0.003)
         return [rollout(p, k, version=version) for k in range(num_samples)]
 
@@ -54,20 +55,27 @@ class FakeEngine(Alive):
 
 
 class FakeReward(Alive):
-    """Sample k of a prompt earns k."""
+    """Sample k of a prompt earns k; a greedy response 5."""
 
     async def score(self, rollouts):
-        return [ScoredRollout(rollout=r, reward=float(r.uid.rsplit("/")[-1])) for r in rollouts]
+        earned = [5.0 if "greedy" in r.uid else float(r.uid.rsplit("/")[-1]) for r in rollouts]
+        return [ScoredRollout(rollout=r, reward=reward) for r, reward in zip(rollouts, earned, strict=True)]
 
 
 class FakeLearner(Alive):
     """Counts its updates; its log-probs and values are all -1."""
 
     def __init__(self):
-        self.updates, self.weights = 0, []
+        self.updates, self.weights, self.scored = 0, [], 0
 
     async def score(self, batch):
+        self.scored += 1
         return -torch.ones_like(batch.rollout_logprobs)
+
+    async def distributions(self, batch):
+        """Of a vocabulary of ten; a token t has the log-prob -t."""
+        self.scored += 1
+        return -torch.arange(10.0).expand(*batch.tokens.shape, 10) * batch.action_mask[..., None]
 
     async def update(self, minibatch):
         self.updates += 1

@@ -8,8 +8,10 @@ import pytest
 from orchestrator.balance import plan
 from orchestrator.checkpoint import CheckpointError, Checkpoints
 from orchestrator.configfile import load_run
+from orchestrator.driver_state import DriverState
 from orchestrator.ledger import Ledger, sample_seed
 from orchestrator.placement import layout, shortage
+from orchestrator.shaping import RunningStats
 from orchestrator.stream import RolloutStream
 from tests.fakes import FakeLearner, prompt
 
@@ -79,7 +81,7 @@ def test_pairs_stay_together_and_a_row_over_the_budget_is_refused():
 
 
 def ppo_run(*overrides):
-    return load_run(None, ["model.path=m", "roles.reward.model=r", "rl.steps=1", *overrides])
+    return load_run([], ["model.path=m", "roles.reward.model=r", "rl.steps=1", *overrides])
 
 
 ROLES = ["actor", "critic", "reward", "reference", "engine"]
@@ -124,7 +126,8 @@ def test_a_shortage_says_what_was_asked_what_is_there_and_which_number_to_change
 
 
 def save(checkpoints, learner, step):
-    return asyncio.run(checkpoints.save(step, {"actor": learner}, {"num_settled": step}))
+    state = DriverState(step=step, kl_coef=0.1 * step, rewards=RunningStats())
+    return asyncio.run(checkpoints.save(state, {"actor": learner}, {"num_settled": step}))
 
 
 def test_a_checkpoint_comes_back_with_its_step_and_ledger(tmp_path):
@@ -134,6 +137,7 @@ def test_a_checkpoint_comes_back_with_its_step_and_ledger(tmp_path):
         save(checkpoints, learner, step)
     folder, manifest = checkpoints.latest()
     assert (manifest.step, manifest.ledger) == (3, {"num_settled": 3})
+    assert DriverState.restored(manifest.driver).kl_coef == 0.1 * 3  # to the last bit (BUGS E5)
     assert (folder / "actor" / "state").read_text() == "30"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 

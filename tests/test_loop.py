@@ -1,14 +1,20 @@
 """The driver loop against fakes: order, staleness, updates, and what stops it."""
 
 import asyncio
+import json
+from dataclasses import replace
 
 import pytest
 
+from orchestrator.algorithms.grpo import GRPO
 from orchestrator.config import RL
+from orchestrator.driver_state import DriverState
+from orchestrator.filters import GroupFilter
 from orchestrator.ledger import Ledger
 from orchestrator.loop import StaleRolloutError, train
 from orchestrator.publish import Probe, WeightSyncError
 from orchestrator.roles import Roles
+from orchestrator.shaping import RunningStats
 from tests.fakes import FakeEngine, FakeLearner, FakeReward, prompt
 
 PROBE = Probe(tokens=(1, 2, 3), tolerance=1e-3)
@@ -19,13 +25,17 @@ class Recorder:
 
     def __init__(self):
         self.ages, self.metrics, self.began = [], [], None
+        self.states, self.batches, self.groups = [], [], []
 
     async def started(self, step):
         self.began = step
 
-    async def stepped(self, step, groups, batch, metrics):
-        self.ages.append(int((step - 1 - batch.versions).max()))
+    async def stepped(self, state, groups, batch, metrics):
+        self.ages.append(int((state.step - 1 - batch.versions).max()))
         self.metrics.append(metrics)
+        self.states.append(state)
+        self.batches.append(batch)
+        self.groups.append(groups)
 
 
 def settings(**changes) -> RL:
@@ -38,8 +48,13 @@ def settings(**changes) -> RL:
     return RL(**(fields | {"updates": {"epochs": 2, "minibatches": 2}} | changes))
 
 
-def run(rl: RL, roles: Roles, *, start: int = 0):
+def fresh(rl: RL) -> DriverState:
+    return DriverState(step=0, kl_coef=rl.algorithm.initial_kl_coef, rewards=RunningStats())
+
+
+def run(rl: RL, roles: Roles, *, start: DriverState | None = None):
     ledger, recorder = Ledger([prompt(row) for row in range(7)], seed=3), Recorder()
+    start = start or fresh(rl)
     loop = train(rl, roles, ledger, observer=recorder, probe=PROBE, start=start, seed=0, pad_id=0)
     asyncio.run(asyncio.wait_for(loop, 20))
     return ledger, recorder
@@ -120,3 +135,161 @@ def test_resume_hands_out_the_first_unsettled_prompt():
     ledger.restore({"num_settled": 8, "num_prompts": 7, "seed": 3})
     rest = ledger.prompts()
     assert [next(rest).uid for _ in range(4)] == expected[8:]
+
+
+# groups without signal
+
+
+class Flat(FakeReward):
+    """All samples of an even row earn the same: their groups teach nothing."""
+
+    async def score(self, rollouts):
+        scored = await super().score(rollouts)
+        return [replace(s, reward=s.reward * (s.rollout.prompt.row % 2)) for s in scored]
+
+
+def filtering(max_draws: int, **changes) -> RL:
+    rl = settings(algorithm={"name": "grpo", "kl_coef": 0}, **changes)
+    return rl.model_copy(update={"filter": GroupFilter(max_draws=max_draws)})
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_groups_without_signal_are_replaced_and_every_prompt_is_used_up_once_in_order(staleness):
+    rl = filtering(10, staleness=staleness)
+    ledger, recorder = run(rl, fake_roles(critic=None, reference=None, reward=Flat()))
+    assert all(group[0].rollout.prompt.row % 2 for groups in recorder.groups for group in groups)
+    assert [len(groups) for groups in recorder.groups] == [4] * 20
+    assert max(recorder.ages) <= staleness
+    order = Ledger([prompt(row) for row in range(7)], seed=3).prompts()
+    uids = [next(order).uid for _ in range(200)]
+    for step, metrics in enumerate(recorder.metrics, start=1):
+        used = [s.uid for s in ledger.history if s.step == step]
+        assert metrics["groups_drawn"] == len(used) and metrics["groups_not_replaced"] == 0
+        assert metrics["groups_dropped"] == sum(int(uid.split("/")[1]) % 2 == 0 for uid in used)
+    assert [s.uid for s in ledger.history] == uids[: len(ledger.history)]
+    assert ledger.state()["num_settled"] == len(ledger.history) > 80
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_refilling_ends_and_the_batch_keeps_its_size(staleness):
+    """No group has signal: 2 draws a prompt are 8 groups, of which the last 4 stay."""
+
+    class Nothing(FakeReward):
+        async def score(self, rollouts):
+            return [replace(s, reward=1.0) for s in await super().score(rollouts)]
+
+    rl = filtering(2, staleness=staleness, steps=6)
+    ledger, recorder = run(rl, fake_roles(critic=None, reference=None, reward=Nothing()))
+    order = Ledger([prompt(row) for row in range(7)], seed=3).prompts()
+    for groups, metrics in zip(recorder.groups, recorder.metrics, strict=True):
+        drawn = [next(order).uid for _ in range(8)]
+        assert [group[0].rollout.prompt.uid for group in groups] == drawn[4:]
+        assert (metrics["groups_drawn"], metrics["groups_dropped"], metrics["groups_not_replaced"]) == (
+            8,
+            8,
+            4,
+        )
+    assert max(recorder.ages) <= staleness
+    assert ledger.state()["num_settled"] == 6 * 8
+
+
+# what an algorithm asks for
+
+
+class Greedy(GRPO):
+    greedy_baseline = True
+
+
+def test_a_greedy_response_is_drawn_beside_the_samples_and_its_reward_is_their_baseline():
+    rl = settings(steps=2, algorithm={"name": "grpo", "kl_coef": 0})
+    rl = rl.model_copy(update={"algorithm": Greedy(kl_coef=0)})
+    roles = fake_roles(critic=None, reference=None)
+    _, recorder = run(rl, roles)
+    assert [s.baseline for group in recorder.groups[0] for s in group] == [5.0] * 8
+    assert recorder.batches[0].baselines.tolist() == [5.0] * 8
+    assert recorder.batches[0].rewards.tolist() == [0.0, 1.0] * 4  # the greedy one is no sample
+    assert roles.engine.temperatures.count(0.0) == roles.engine.temperatures.count(1.0) == 8
+    assert len(set(roles.engine.seen)) == 16
+
+
+class Full(GRPO):
+    @property
+    def wants_distribution(self):
+        return True
+
+
+def test_distributions_come_from_policy_and_reference_and_give_the_logprobs_of_the_tokens():
+    rl = settings(steps=1).model_copy(update={"algorithm": Full(kl_coef=0.1)})
+    roles, seen = fake_roles(critic=None), {}
+
+    class Spy(Full):
+        def experience(self, batch, scores, kl_coef):
+            seen.update(scores)
+            return super().experience(batch, scores, kl_coef)
+
+    run(rl.model_copy(update={"algorithm": Spy(kl_coef=0.1)}), roles)
+    assert seen["actor_distribution"].shape == seen["reference_distribution"].shape == (8, 4, 10)
+    assert seen["actor"][0].tolist() == seen["reference"][0].tolist() == [0, 0, -5, -9]  # tokens 1 2 5 9
+    assert (roles.actor.scored, roles.reference.scored) == (1, 1)  # one forward pass each
+
+
+@pytest.mark.parametrize(
+    ("rule", "updates", "passes", "ratio_from"),
+    [("auto", 1, 0, None), ("auto", 2, 1, -1.0), ("recompute", 1, 1, -1.0), ("rollout", 2, 0, -1.0)],
+)
+def test_old_logprobs_are_recomputed_or_taken_as_they_are(rule, updates, passes, ratio_from):
+    roles, olds = fake_roles(critic=None, reference=None), []
+
+    class Spy(FakeLearner):
+        async def update(self, minibatch):
+            olds.append(minibatch.records.old_logprobs)
+            return await super().update(minibatch)
+
+    roles = replace(roles, actor=Spy())
+    chosen = {"epochs": 1, "minibatches": updates, "old_logprobs": rule}
+    _, recorder = run(settings(steps=1, updates=chosen, algorithm={"name": "grpo", "kl_coef": 0}), roles)
+    assert roles.actor.scored == passes
+    assert ("rollout_logprob_diff_mean" in recorder.metrics[0]) == (passes == 1)
+    assert [None if old is None else float(old[0, -1]) for old in olds] == [ratio_from] * updates
+
+
+def test_the_critic_warms_up_while_the_actor_is_frozen():
+    roles = fake_roles()
+    _, recorder = run(settings(steps=5, critic_warmup=2), roles)
+    assert (roles.actor.updates, roles.critic.updates) == (3 * 4, 5 * 4)
+    assert ["actor/loss" in metrics for metrics in recorder.metrics] == [False, False, True, True, True]
+
+
+class Doubling(GRPO):
+    def next_kl_coef(self, coef, metrics, num_sequences):
+        assert num_sequences == 8 and "actor/loss" in metrics
+        return 2 * coef
+
+
+def test_the_controller_runs_once_a_step_and_goes_on_from_a_restored_state():
+    rl = settings(steps=3).model_copy(update={"algorithm": Doubling(kl_coef=0.25)})
+    _, recorder = run(rl, fake_roles(critic=None))
+    assert [m["kl_coef"] for m in recorder.metrics] == [0.25, 0.5, 1.0]
+    saved = recorder.states[1]
+    assert DriverState.restored(json.loads(json.dumps(saved.plain()))) == saved
+    _, rest = run(rl, fake_roles(critic=None, engine=FakeEngine()), start=saved)
+    assert [m["kl_coef"] for m in rest.metrics] == [1.0]
+
+
+def test_a_warming_critic_leaves_the_controller_alone():
+    class Both(Doubling):
+        def roles(self):
+            return frozenset({"critic"})
+
+    rl = settings(steps=3, critic_warmup=2).model_copy(update={"algorithm": Both(kl_coef=0.25)})
+    _, recorder = run(rl, fake_roles())
+    assert [m["kl_coef"] for m in recorder.metrics] == [0.25, 0.25, 0.25]
+
+
+def test_several_rewards_are_logged_by_name():
+    class Two(FakeReward):
+        async def score(self, rollouts):
+            return [replace(s, parts={"a": s.reward, "b": 2.0}) for s in await super().score(rollouts)]
+
+    _, recorder = run(settings(steps=1), fake_roles(reward=Two()))
+    assert (recorder.metrics[0]["reward/a"], recorder.metrics[0]["reward/b"]) == (0.5, 2.0)

@@ -128,7 +128,7 @@ def test_tensorboard_files_hold_what_was_logged(tmp_path):
 
 def wandb_run(folder, mode):
     return load_run(
-        None, ["model.path=x", "sft={}", f"run_dir={folder / 'run'}", f"tracking.wandb={mode}", "name=trial"]
+        [], ["model.path=x", "sft={}", f"run_dir={folder / 'run'}", f"tracking.wandb={mode}", "name=trial"]
     )
 
 

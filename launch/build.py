@@ -99,7 +99,8 @@ class Crew:
             "actor": self.group(
                 Actor, ActorGroup, "actor", model=model("actor"), optimizer=table.actor.optimizer,
                 total_steps=(rl.steps - rl.critic_warmup) * per_step, loss=rl.algorithm.policy_loss,
-                temperature=temperature, entropy=rl.algorithm.wants_entropy, ema_decay=rl.ema_decay,
+                temperature=temperature, entropy=rl.algorithm.wants_entropy,
+                distribution=rl.algorithm.wants_distribution, ema_decay=rl.ema_decay,
             ),
             "engine": self._engines(models["actor"]),
             "reward": self._reward(models),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from actors.reward_function import RewardFunction, find_reward_function
 from launch import tasks
@@ -17,6 +17,8 @@ from orchestrator.batch import Prompt
 from orchestrator.config import RL, Evaluation, Model, RewardModel, Run
 from orchestrator.data import PromptSet, read_examples, read_pairs, read_prompts, same_tokenizer
 from orchestrator.supervised import Row, num_steps
+
+DISTRIBUTION_BYTES = 8 * 2**30  # of one role's log-probs over the vocabulary, on the driver
 
 Units = Sequence[Sequence[Row]]  # one row (SFT) or the two rows of a pair, which stay together
 
@@ -45,6 +47,8 @@ def prepare(run: Run, folder: Path) -> Materials:
     for field, path in role_models(run).items():
         same_tokenizer(tokenizer, load_tokenizer(path, None, field=field), names=("model.path", field))
     _check_length(run.model)
+    if run.rl:
+        _check_distributions(run.rl, run.model)
     for spec in run.roles.reward.specs().values():
         find_reward_function(spec)
     pairs, heldout = _pairs(run.reward_model, run.model, tokenizer) if run.reward_model else (None, None)
@@ -109,14 +113,33 @@ def load_tokenizer(path: str, revision: str | None, *, field: str) -> PreTrained
 
 
 def _check_length(model: Model) -> None:
-    limit = getattr(
-        AutoConfig.from_pretrained(model.path, revision=model.revision), "max_position_embeddings", None
-    )
+    limit = getattr(_config(model), "max_position_embeddings", None)
     if limit is not None and model.max_length > limit:
         raise ValueError(
             f"model.max_length={model.max_length} is more than the {limit} positions of {model.path}; "
             f"set it to {limit} or less"
         )
+
+
+def _check_distributions(rl: RL, model: Model) -> None:
+    """The KL over the whole vocabulary: actor and reference each answer with [B, T, V] float32, and the
+    reference's travels on to the learners."""
+    if not rl.algorithm.wants_distribution:
+        return
+    B, V = rl.prompts_per_step * rl.samples_per_prompt, _config(model).vocab_size
+    num_bytes = 4 * B * model.max_length * V
+    if num_bytes > DISTRIBUTION_BYTES:
+        raise ValueError(
+            f"the KL over the whole vocabulary wants {num_bytes / 2**30:.3g} GiB a role for {B} sequences x "
+            f"{model.max_length} tokens x {V} words x 4 bytes, at most {DISTRIBUTION_BYTES / 2**30:.3g} are "
+            "allowed; estimate it from samples (kl_estimator=k1, k2 or k3), or lower rl.prompts_per_step, "
+            "rl.samples_per_prompt or model.max_length"
+        )
+
+
+def _config(model: Model) -> PretrainedConfig:
+    whole = AutoConfig.from_pretrained(model.path, revision=model.revision)
+    return whole.get_text_config()
 
 
 def _pairs(stage: RewardModel, model: Model, tokenizer: PreTrainedTokenizerBase) -> tuple[Units, Units]:

@@ -3,6 +3,7 @@
 config.yaml   the resolved run            roster.json    every process
 stages.json   what has finished           metrics.jsonl  one line per step
 <stage>/      a stage's own files         model/         the result
+model_ema/    the average of its weights, where rl.ema_decay keeps one
 """
 
 import fcntl

@@ -74,6 +74,38 @@ def test_the_pipeline_trains_on_two_engines_and_a_resume_goes_on_where_it_ended(
     assert [s["uid"].rsplit("/", 1)[0] for s in samples if s["step"] == 1][::2] == expected
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_filter_greedy_baseline_several_rewards_muon_and_average_work_together_and_resume(tmp_path):
+    folder = tmp_path / "run"
+    options = [
+        "train", "quickstart", "remax", f"run_dir={folder}", *SMALL, "reward_model=null",
+        "roles.actor.workers=1",
+        "roles.reward={functions: {exact_match: {}, letter_fraction: {weight: -0.5}}, cpus_per_worker: 0.2}",
+        "placement.share=[]", "rl.filter={max_draws: 2}", "rl.shaping={normalise: true}", "rl.ema_decay=0.5",
+        "roles.actor.optimizer={name: muon, learning_rate: 1.0e-4}",
+    ]  # fmt: skip
+    assert quartet(*options, "rl.steps=1").returncode == 0
+    result = quartet(*options, "rl.steps=2", "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = metrics(folder)
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        exact, letters = line["reward/exact_match"], line["reward/letter_fraction"]
+        assert line["reward"] == pytest.approx(exact - 0.5 * letters)
+        replaced = line["groups_dropped"] - line["groups_not_replaced"]
+        assert line["groups_drawn"] - PER_STEP == replaced <= PER_STEP
+    assert trained(folder) == sum(line["groups_drawn"] for line in lines)
+    checkpoint = sorted((folder / "rl" / "checkpoints").iterdir())[-1]
+    rewards = json.loads((checkpoint / "manifest.json").read_text())["driver"]["rewards"]
+    assert rewards["count"] == 2 * PER_STEP * 2  # goes on over the resume
+    mean, last = (
+        dict(AutoModelForCausalLM.from_pretrained(folder / name).named_parameters())
+        for name in ("model_ema", "model")
+    )
+    assert any(not mean[name].equal(last[name]) for name in last) and mean.keys() == last.keys()
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
     """A run that would start: a model, its tokenizer and one prompt."""

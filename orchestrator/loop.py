@@ -66,7 +66,8 @@ async def train(  # noqa: PLR0913 - a run, by name
             check_fresh(batch, state.step, rl.staleness)
             synced = await proof
 
-            rewards, stats, shaped = shape(batch, rl.shaping, state.rewards)
+            limit = rl.sampling.max_new_tokens
+            rewards, stats, shaped = shape(batch, rl.shaping, state.rewards, max_new_tokens=limit)
             scores, mismatch = await score(roles, batch, rl)
             experience, judged = rl.algorithm.experience(
                 replace(batch, rewards=rewards), scores, state.kl_coef

@@ -23,6 +23,11 @@ def rollout(p: Prompt, k: int = 0, *, version: int = 0, response: tuple[int, ...
     )  # fmt: skip
 
 
+def length(response: str, prompt: str, label: str | None) -> float:
+    """A reward function: a response of n characters earns n."""
+    return float(len(response))
+
+
 class Alive:
     """Health and close of a role that has nothing to check or end."""
 

@@ -29,7 +29,7 @@ SMALL = [
 
 
 def quartet(*arguments: str) -> subprocess.CompletedProcess:
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     return subprocess.run([QUARTET, *arguments], capture_output=True, text=True, timeout=400, env=offline)
 
 
@@ -81,7 +81,7 @@ def test_filter_greedy_baseline_several_rewards_muon_and_average_work_together_a
     options = [
         "train", "quickstart", "remax", f"run_dir={folder}", *SMALL, "reward_model=null",
         "roles.actor.workers=1",
-        "roles.reward={functions: {exact_match: {}, letter_fraction: {weight: -0.5}}, cpus_per_worker: 0.2}",
+        "roles.reward={functions: {exact_match: {}, length: {function: 'tests.fakes:length', weight: -0.5}}}",
         "placement.share=[]", "rl.filter={max_draws: 2}", "rl.shaping={normalize: standard}", "rl.ema_decay=0.5",
         "roles.actor.optimizer={name: muon, learning_rate: 1.0e-4}",
     ]  # fmt: skip
@@ -91,8 +91,8 @@ def test_filter_greedy_baseline_several_rewards_muon_and_average_work_together_a
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
-        exact, letters = line["reward/exact_match"], line["reward/letter_fraction"]
-        assert line["reward"] == pytest.approx(exact - 0.5 * letters)
+        exact, length = line["reward/exact_match"], line["reward/length"]
+        assert line["reward"] == pytest.approx(exact - 0.5 * length)
         replaced = line["groups_dropped"] - line["groups_not_replaced"]
         assert line["groups_drawn"] - PER_STEP == replaced <= PER_STEP
     assert trained(folder) == sum(line["groups_drawn"] for line in lines)

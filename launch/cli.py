@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from importlib import metadata, resources
@@ -131,7 +132,7 @@ def train_help(*, colour: bool) -> str:
         "usage: quartet train RUN... [a.b.c=value ...] [--resume | --fresh]\n\n"
         f"RUN is a YAML file, or a preset: {', '.join(presets())}.\n"
         "Several RUNs lie on one another, the last on top. Presets of algorithms, to lay on a run:\n"
-        f"{', '.join(algorithms())}.\n"
+        f"{textwrap.fill(', '.join(algorithms()), field_help.WIDTH)}.\n"
         "Values are YAML: 0.5, true, null, [1, 2].\n"
         "When run_dir holds a run: --resume goes on from its last checkpoint, --fresh starts over.\n"
     )

@@ -17,7 +17,7 @@ from orchestrator.configfile import load_run, write_run
 from orchestrator.settings import Settings
 
 RL = ["model.path=x", "rl.steps=3", "roles.reward.function=exact_match"]
-MAX_KNOBS = 130
+MAX_KNOBS = 140
 
 every_algorithm = pytest.mark.parametrize("name", plugins.names("orchestrator.algorithms"))
 
@@ -126,6 +126,18 @@ def test_every_complaint_is_listed_at_once():
             "rl.critic_warmup=2 but grpo has no critic to warm up; set it to 0",
         ),
         (["rl.critic_warmup=3"], "rl.critic_warmup=3 leaves the actor none of rl.steps=3 steps; lower it"),
+        (
+            ["rl.filter={}", "rl.samples_per_prompt=1"],
+            "rl.filter.flat drops every group of rl.samples_per_prompt=1; use 2 or more, or rl.filt",
+        ),
+        (
+            ["rl.shaping.overlong_buffer=256"],
+            "rl.shaping.overlong_buffer=256 is all of rl.sampling.max_new_tokens=256: every response would",
+        ),
+        (
+            ["rl.algorithm.name=remax", "rl.shaping.normalize=scale"],
+            "would put the rewards on another scale than remax's greedy baseline; leave both out",
+        ),
         (
             ["roles.critic={model: x, start_from: actor}"],
             "roles.critic.model='x' and roles.critic.start_from=actor are both set; keep one",

@@ -81,8 +81,8 @@ def test_filter_greedy_baseline_several_rewards_muon_and_average_work_together_a
     options = [
         "train", "quickstart", "remax", f"run_dir={folder}", *SMALL, "reward_model=null",
         "roles.actor.workers=1",
-        "roles.reward={functions: {exact_match: {}, length: {function: 'tests.fakes:length', weight: -0.5}}}",
-        "placement.share=[]", "rl.filter={max_draws: 2}", "rl.shaping={normalize: standard}", "rl.ema_decay=0.5",
+        "roles.reward.functions={exact_match: {}, length: {function: 'tests.fakes:length', weight: -0.5}}",
+        "placement.share=[]", "rl.filter={max_draws: 2}", "rl.shaping={overlong_buffer: 2}", "rl.ema_decay=0.5",
         "roles.actor.optimizer={name: muon, learning_rate: 1.0e-4}",
     ]  # fmt: skip
     assert quartet(*options, "rl.steps=1").returncode == 0
@@ -96,9 +96,6 @@ def test_filter_greedy_baseline_several_rewards_muon_and_average_work_together_a
         replaced = line["groups_dropped"] - line["groups_not_replaced"]
         assert line["groups_drawn"] - PER_STEP == replaced <= PER_STEP
     assert trained(folder) == sum(line["groups_drawn"] for line in lines)
-    checkpoint = sorted((folder / "rl" / "checkpoints").iterdir())[-1]
-    rewards = json.loads((checkpoint / "manifest.json").read_text())["driver"]["rewards"]
-    assert rewards["count"] == 2 * PER_STEP * 2  # goes on over the resume
     mean, last = (
         dict(AutoModelForCausalLM.from_pretrained(folder / name).named_parameters())
         for name in ("model_ema", "model")

@@ -293,3 +293,13 @@ def test_several_rewards_are_logged_by_name():
 
     _, recorder = run(settings(steps=1), fake_roles(reward=Two()))
     assert (recorder.metrics[0]["reward/a"], recorder.metrics[0]["reward/b"]) == (0.5, 2.0)
+
+
+def test_the_statistics_of_the_rewards_go_on_over_a_resume():
+    rl = settings(steps=3, shaping={"normalize": "standard"})
+    _, whole = run(rl, fake_roles())
+    assert whole.states[-1].rewards.count == 3 * 8
+    saved = DriverState.restored(json.loads(json.dumps(whole.states[1].plain())))
+    _, rest = run(rl, fake_roles(), start=saved)
+    assert rest.states[-1] == whole.states[-1]
+    assert whole.batches[-1].rewards.tolist() == [0.0, 1.0] * 4  # what is logged is raw

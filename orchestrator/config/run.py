@@ -151,6 +151,7 @@ def _check_algorithm(run: Run, rl: RL) -> None:
             f"rl.samples_per_prompt={rl.samples_per_prompt}: {type(rl.algorithm).__name__} compares the "
             "samples of one prompt and learns nothing from one; use 2 or more"
         )
+    _check_rewards_of(rl)
     if rl.critic_warmup and "critic" not in needed:
         raise ValueError(
             f"rl.critic_warmup={rl.critic_warmup} but {name} has no critic to warm up; set it to 0"
@@ -172,4 +173,24 @@ def _check_algorithm(run: Run, rl: RL) -> None:
         raise ValueError(
             "roles.critic.start_from=reward but the run has no reward model; use actor, or give "
             "roles.reward.model or a reward_model stage"
+        )
+
+
+def _check_rewards_of(rl: RL) -> None:
+    """Filter and shaping against the samples they are given."""
+    if rl.filter is not None and rl.filter.flat and rl.samples_per_prompt < 2:
+        raise ValueError(
+            f"rl.filter.flat drops every group of rl.samples_per_prompt={rl.samples_per_prompt}; use 2 or "
+            "more, or rl.filter.flat=false"
+        )
+    buffer, longest = rl.shaping.overlong_buffer, rl.sampling.max_new_tokens
+    if buffer is not None and buffer >= longest:
+        raise ValueError(
+            f"rl.shaping.overlong_buffer={buffer} is all of rl.sampling.max_new_tokens={longest}: every "
+            f"response would be punished; use less than {longest}"
+        )
+    if rl.algorithm.greedy_baseline and (rl.shaping.clip is not None or rl.shaping.normalize != "none"):
+        raise ValueError(
+            f"rl.shaping.clip and rl.shaping.normalize would put the rewards on another scale than "
+            f"{rl.algorithm.name}'s greedy baseline; leave both out"
         )

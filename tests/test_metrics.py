@@ -17,6 +17,8 @@ def batch(action_mask=((0, 1, 0, 0), (0, 1, 1, 1)), rewards=(0.0, 1.0)):
         rewards=torch.tensor(rewards),
         groups=torch.tensor([0, 0]),
         versions=torch.tensor([0, 0]),
+        stopped=torch.tensor([True, True]),
+        baselines=None,
     )
 
 

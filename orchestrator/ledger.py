@@ -25,7 +25,7 @@ def sample_seed(run_seed: int, uid: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """One prompt that a step trained on."""
+    """One prompt that a step used up: trained on, or dropped by the run's filter."""
 
     uid: str
     step: int
@@ -54,7 +54,7 @@ class Ledger:
             epoch, position = epoch + 1, 0
 
     def settle(self, prompts: Sequence[Prompt], step: int) -> None:
-        """The step that trained on these prompts has been published."""
+        """The step that used these prompts up has been published."""
         self._history += [Settled(uid=prompt.uid, step=step) for prompt in prompts]
         self._num_settled += len(prompts)
 

@@ -6,8 +6,9 @@
 ``--peers`` holds the baseline scripts ``trl_grpo.py`` and ``trl_ppo.py`` (one JSON line each);
 ``--trl-python`` is the interpreter of an environment with TRL (1.16.0 for GRPO; 1.12.0, the last with PPO,
 for PPO). Both sides: a Qwen2 of 0.9M parameters over bytes, 8 prompts x 4 samples x at most 64 tokens,
-float32, one optimizer step per step, both cores. A run counts by the median of its warm steps; the result is
-the median over runs with its spread, and the ratio of each pair.
+float32, one optimizer step per step, both cores. Quartet runs twice each time: synchronously, and with
+``rl.staleness=1``, where the next batch is sampled while the last is trained on. A run counts by the median
+of its warm steps; the result is the median over runs with its spread, and the ratio of each pair.
 """
 
 import argparse
@@ -53,11 +54,11 @@ def make_model(folder: Path, *, classifier: bool = False) -> None:
     )
 
 
-def quartet_step(work: Path, algorithm: str, steps: int, run: int) -> float:
+def quartet_step(work: Path, algorithm: str, steps: int, staleness: int) -> float:
     """Median seconds of the warm steps of one run."""
     prompts = work / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Write many e {i:03d}: "}) + "\n" for i in range(64)))
-    folder = work / f"quartet-{algorithm}-{run}"
+    folder = work / "quartet"
     reward = (
         f"roles.reward.model={work / 'scorer'}"
         if algorithm == "ppo"
@@ -71,7 +72,8 @@ def quartet_step(work: Path, algorithm: str, steps: int, run: int) -> float:
         f"rl.algorithm.name={algorithm}", f"rl.algorithm.kl_coef={0.05 if algorithm == 'ppo' else 0}",
         *(f"roles.{role}.cpus_per_worker=0.3" for role in roles), "engine.cpus_per_worker=0.3",
         "roles.actor.optimizer.learning_rate=1e-3", "roles.critic.optimizer.learning_rate=1e-3",
-        f"roles.actor.threads={2 if algorithm == 'grpo' else 1}", "engine.eager=false",
+        f"roles.actor.threads={1 if staleness or algorithm == 'ppo' else 2}", f"rl.staleness={staleness}",
+        "engine.eager=false",
     ]  # fmt: skip
     command = [
         str(Path(sys.executable).parent / "quartet"),
@@ -104,6 +106,10 @@ def trl_step(work: Path, algorithm: str, steps: int, args: argparse.Namespace) -
     return float(json.loads(result.stdout.strip().splitlines()[-1])["sec_per_step_median"])
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -118,21 +124,20 @@ def main() -> None:
         work = Path(folder)
         make_model(work / "model")
         make_model(work / "scorer", classifier=True)
-        ours, theirs = [], []
+        seconds: dict[str, list[float]] = {"synchronous": [], "staleness_1": [], "trl": []}
         for run in range(args.runs):
-            ours.append(quartet_step(work, args.algorithm, args.steps, run))
-            theirs.append(trl_step(work, args.algorithm, args.steps, args))
-            print(
-                f"run {run + 1}: quartet {ours[-1]:.3f} s  trl {theirs[-1]:.3f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-    ratios = [t / o for o, t in zip(ours, theirs, strict=True)]
+            for staleness, mode in enumerate(["synchronous", "staleness_1"]):
+                seconds[mode].append(quartet_step(work, args.algorithm, args.steps, staleness))
+            seconds["trl"].append(trl_step(work, args.algorithm, args.steps, args))
+            figures = "  ".join(f"{name} {values[-1]:.3f} s" for name, values in seconds.items())
+            print(f"run {run + 1}: {figures}", file=sys.stderr, flush=True)
     report = {
         "algorithm": args.algorithm, "runs": args.runs, "steps": args.steps,
-        "quartet_s": {"median": statistics.median(ours), "min": min(ours), "max": max(ours)},
-        "trl_s": {"median": statistics.median(theirs), "min": min(theirs), "max": max(theirs)},
-        "speedup": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "speedup": {
+            mode: spread([t / o for o, t in zip(seconds[mode], seconds["trl"], strict=True)])
+            for mode in ("synchronous", "staleness_1")
+        },
     }  # fmt: skip
     print(json.dumps(report, indent=1))
 

@@ -10,6 +10,7 @@ group puts them into the object store and every worker of every role reads the s
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
+from actors.coalesce import Coalescer
 from actors.weights.wire import Address, Transport
 from orchestrator.balance import plan
 from orchestrator.batch import Batch, Examples, Minibatch, Records, Rollout, ScoredRollout
+from orchestrator.collate import collate_examples
 from orchestrator.config import Deadlines
 from orchestrator.placement import Seat
 from orchestrator.rewards import weigh
@@ -140,6 +143,10 @@ class WorkerGroup:
 class ScorerGroup(WorkerGroup):
     """Reference, and what learners share with it."""
 
+    def __init__(self, workers: Sequence[RemoteWorker], *, store: ObjectStore, token_budget: int) -> None:
+        super().__init__(workers, store=store, token_budget=token_budget)
+        self._coming = Coalescer([self._score_rollouts])  # one call at a time: all ranks take part in each
+
     async def score(self, batch: Batch) -> Tensor:
         """[B, T] float32, row for row."""
         return await self._gather(batch, [worker.handle.score for worker in self.workers])
@@ -147,6 +154,15 @@ class ScorerGroup(WorkerGroup):
     async def distributions(self, batch: Batch) -> Tensor:
         """[B, T, V] float32, row for row; actor and reference have it."""
         return await self._gather(batch, [worker.handle.distributions for worker in self.workers])
+
+    async def score_rollouts(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """[T] float32 each."""
+        return await self._coming.ask(rollouts)
+
+    async def _score_rollouts(self, rollouts: list[Rollout]) -> list[Tensor]:
+        examples = collate_examples([(r.tokens, r.action_mask) for r in rollouts], pad_id=0)
+        scores = await self._gather(examples, [worker.handle.score for worker in self.workers])
+        return [row[: len(rollout.tokens)].clone() for row, rollout in zip(scores, rollouts, strict=True)]
 
     async def _gather(self, records: Batch | Examples, verbs: Sequence[ActorMethod]) -> Tensor:
         """Every worker answers for its share of the rows; the answers come back in the order of the rows."""
@@ -228,11 +244,7 @@ class PairLearnerGroup(LearnerGroup):
 
 
 class RewardGroup(WorkerGroup):
-    """Scores finished groups of rollouts. What waits while a worker is busy goes to it in one call.
-
-    score()    one per finished group: queues it, waits for its rewards, weighs them
-    _serve()   one per busy worker: takes all that waits, calls, answers; ends when nothing waits
-    """
+    """Scores finished groups of rollouts. What waits while every worker is busy goes to one in one call."""
 
     def __init__(
         self,
@@ -245,36 +257,16 @@ class RewardGroup(WorkerGroup):
         """``weights``: of each reward, by name."""
         super().__init__(workers, store=store, token_budget=token_budget)
         self._weights = weights
-        self._idle = list(self.workers)
-        self._waiting: list[tuple[list[Rollout], asyncio.Future[dict[str, list[float]]]]] = []
-        self._serving: set[asyncio.Task[None]] = set()  # the loop itself keeps only weak references
+        self._coming = Coalescer([partial(self._ask, worker) for worker in self.workers])
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Raises RewardError for a reward that is missing or not finite."""
-        answer: asyncio.Future[dict[str, list[float]]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((list(rollouts), answer))
-        if self._idle:
-            task = asyncio.create_task(self._serve(self._idle.pop()))
-            self._serving.add(task)
-            task.add_done_callback(self._serving.discard)
-        return weigh(rollouts, await answer, self._weights)
+        return weigh(rollouts, await self._coming.ask(rollouts), self._weights)
 
-    async def _serve(self, worker: RemoteWorker) -> None:
-        while self._waiting:
-            taken, self._waiting = self._waiting, []
-            try:
-                rewards = await worker.call(
-                    worker.handle.score_rollouts, [r for rollouts, _ in taken for r in rollouts]
-                )
-            except RoleError as error:
-                for _, answer in taken:
-                    if not answer.done():
-                        answer.set_exception(error)
-            else:
-                start = 0
-                for rollouts, answer in taken:
-                    end = start + len(rollouts)
-                    if not answer.done():  # its sampler may have been cancelled
-                        answer.set_result({name: values[start:end] for name, values in rewards.items()})
-                    start = end
-        self._idle.append(worker)
+    async def _ask(self, worker: RemoteWorker, rollouts: list[Rollout]) -> list[dict[str, float | None]]:
+        """{name: reward} of each rollout, None where a reward is missing."""
+        rewards = await worker.call(worker.handle.score_rollouts, rollouts)
+        return [
+            {name: values[row] if row < len(values) else None for name, values in rewards.items()}
+            for row in range(len(rollouts))
+        ]

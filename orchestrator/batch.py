@@ -66,6 +66,7 @@ class ScoredRollout:
     rollout: Rollout
     reward: float  # the weighted sum of the run's rewards, before shaping
     parts: dict[str, float] = field(default_factory=dict)  # each reward's own, by name
+    scores: dict[str, Tensor] = field(default_factory=dict)  # {role: [T]} of roles that scored it early
     baseline: float | None = None  # reward of the greedy response to the same prompt; None: not drawn
 
 

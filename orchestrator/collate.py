@@ -31,6 +31,14 @@ def collate(scored: Sequence[ScoredRollout], *, pad_id: int) -> Batch:
     )
 
 
+def collate_scores(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
+    """The scores that came with every rollout: {role: [B, T]}, 0.0 behind a sequence's end."""
+    return {
+        name: torch.nn.utils.rnn.pad_sequence([s.scores[name] for s in scored], batch_first=True)
+        for name in scored[0].scores
+    }
+
+
 def collate_examples(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, pad_id: int) -> Examples:
     """Stacks (tokens, action_mask) rows."""
     tokens = pad([row for row, _ in rows], pad_id, torch.int64)

@@ -14,6 +14,7 @@ from orchestrator.batch import Prompt, ScoredRollout
 from orchestrator.config import RL
 from orchestrator.metrics import mean_metrics
 from orchestrator.roles import Metrics, Roles, Sampling
+from orchestrator.scoring import score_early
 from orchestrator.stream import RolloutStream
 
 Group = list[ScoredRollout]
@@ -29,18 +30,23 @@ class Drawn:
 
 
 async def sample(prompt: Prompt, rl: RL, roles: Roles) -> Group:
-    """One group with its rewards and, for algorithms that want one, the reward of a greedy response."""
+    """One group with its rewards, the scores that can be had already and, for algorithms that want one, the
+    reward of a greedy response."""
     sampling = Sampling(**rl.sampling.model_dump())
     asked = [roles.engine.generate(prompt, rl.samples_per_prompt, sampling)]
     if rl.algorithm.greedy_baseline:
         beside = replace(prompt, uid=f"{prompt.uid}/greedy")  # a uid of its own: it is sample 0 of nothing
         asked.append(roles.engine.generate(beside, 1, replace(sampling, temperature=0.0, top_p=1.0)))
     answers = await asyncio.gather(*asked)
-    scored = await roles.reward.score([rollout for answer in answers for rollout in answer])
-    if not rl.algorithm.greedy_baseline:
-        return scored
-    *samples, greedy = scored
-    return [replace(one, baseline=greedy.reward) for one in samples]
+    rewarded, early = await asyncio.gather(
+        roles.reward.score([rollout for answer in answers for rollout in answer]),
+        score_early(answers[0], rl, roles),
+    )
+    samples, greedy = rewarded[: len(early)], rewarded[len(early) :]
+    baseline = greedy[0].reward if greedy else None
+    return [
+        replace(one, scores=scores, baseline=baseline) for one, scores in zip(samples, early, strict=True)
+    ]
 
 
 async def draw(stream: RolloutStream[Prompt, Group], rl: RL) -> Drawn:

@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from torch import Tensor
-
 from orchestrator.batch import Batch, Experience, Prompt, ScoredRollout
-from orchestrator.collate import collate
+from orchestrator.collate import collate, collate_scores
 from orchestrator.config import RL
 from orchestrator.drawing import draw, sample
 from orchestrator.driver_state import DriverState
 from orchestrator.ledger import Ledger
-from orchestrator.metrics import KL_COEF, logprob_mismatch, mean_metrics
+from orchestrator.metrics import KL_COEF, mean_metrics
 from orchestrator.minibatch import minibatches
 from orchestrator.publish import Probe, publish
-from orchestrator.roles import Metrics, PolicyScorer, Roles, Scorer
+from orchestrator.roles import Metrics, Roles
+from orchestrator.scoring import score
 from orchestrator.shaping import shape
 from orchestrator.stream import RolloutStream
 
@@ -62,13 +61,14 @@ async def train(  # noqa: PLR0913 - a run, by name
     async with RolloutStream(ledger.prompts(), sampled, slots=slots) as stream:
         while state.step < rl.steps:
             drawn = await draw(stream, rl)
-            batch = collate([scored for group in drawn.groups for scored in group], pad_id=pad_id)
+            scored = [sample for group in drawn.groups for sample in group]
+            batch = collate(scored, pad_id=pad_id)
             check_fresh(batch, state.step, rl.staleness)
             synced = await proof
 
             limit = rl.sampling.max_new_tokens
             rewards, stats, shaped = shape(batch, rl.shaping, state.rewards, max_new_tokens=limit)
-            scores, mismatch = await score(roles, batch, rl)
+            scores, mismatch = await score(roles, batch, rl, early=collate_scores(scored))
             experience, judged = rl.algorithm.experience(
                 replace(batch, rewards=rewards), scores, state.kl_coef
             )
@@ -84,28 +84,6 @@ async def train(  # noqa: PLR0913 - a run, by name
             await observer.stepped(state, drawn.groups, batch, metrics)
             stream.release(len(drawn.groups))
     await proof
-
-
-async def score(roles: Roles, batch: Batch, rl: RL) -> tuple[dict[str, Tensor], Metrics]:
-    """One forward pass per role that the algorithm reads, all at once: {role: [B, T]}, and the mismatch of
-    trainer and engine where both were asked."""
-    rule, algorithm = rl.updates.old_logprobs, rl.algorithm
-    whole: dict[str, PolicyScorer | None] = {}
-    if algorithm.wants_distribution:
-        whole = {"actor": roles.actor, "reference": roles.reference}
-    scorers: dict[str, Scorer | None] = {"critic": roles.critic, "reference": roles.reference}
-    num_updates = rl.updates.epochs * rl.updates.minibatches
-    if rule == "recompute" or (rule == "auto" and algorithm.wants_scores(num_updates)):
-        scorers["actor"] = roles.actor
-    calls = {f"{name}_distribution": s.distributions(batch) for name, s in whole.items() if s is not None}
-    calls |= {name: s.score(batch) for name, s in scorers.items() if s is not None and name not in whole}
-    scores = dict(zip(calls, await asyncio.gather(*calls.values()), strict=True))
-    for name in whole.keys() & scorers.keys():
-        scores[name] = scores[f"{name}_distribution"].gather(-1, batch.tokens[..., None]).squeeze(-1)
-    mismatch = logprob_mismatch(scores["actor"], batch) if "actor" in scores else {}
-    if rule == "rollout":
-        scores["actor"] = batch.rollout_logprobs
-    return scores, mismatch
 
 
 async def learn(roles: Roles, experience: Experience, rl: RL, *, step: int, seed: int) -> Metrics:

@@ -16,16 +16,16 @@ class RewardError(ValueError):
 
 def weigh(
     rollouts: Sequence[Rollout],
-    parts: Mapping[str, Sequence[float | None]],
+    parts: Sequence[Mapping[str, float | None]],
     weights: Mapping[str, float],
 ) -> list[ScoredRollout]:
-    """reward = sum of weights[name] * parts[name]; each part stays beside it under its name.
+    """reward = sum of weights[name] * its part [name]; each part stays beside it under its name.
 
     Raises RewardError naming the reward and the sample when one is missing or not a finite number.
     """
     scored = []
-    for index, rollout in enumerate(rollouts):
-        values = {name: _finite(name, rollout.uid, parts.get(name, ()), index) for name in weights}
+    for rollout, own in zip(rollouts, parts, strict=True):
+        values = {name: _finite(name, rollout.uid, own.get(name)) for name in weights}
         total = sum(weights[name] * value for name, value in values.items())
         if not math.isfinite(total):
             raise RewardError(
@@ -35,8 +35,8 @@ def weigh(
     return scored
 
 
-def _finite(name: str, uid: str, values: Sequence[float | None], index: int) -> float:
-    if index >= len(values) or (value := values[index]) is None:
+def _finite(name: str, uid: str, value: float | None) -> float:
+    if value is None:
         raise RewardError(f"reward {name!r} gave sample {uid} no reward; expected one number per response")
     try:
         number = float(value)

@@ -49,6 +49,10 @@ class Scorer(Role, Protocol):
         """[B, T] float32: log-probs (actor, reference) or values (critic); 0.0 off the action mask."""
         ...
 
+    async def score_rollouts(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """The same of each rollout, [T]. Calls that wait for each other become one."""
+        ...
+
 
 class PolicyScorer(Scorer, Protocol):
     async def distributions(self, batch: Batch) -> Tensor:

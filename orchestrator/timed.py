@@ -64,6 +64,10 @@ class TimedScorer(_Timed[S]):
         with self.timeline.span(self.name, Phase.SCORE):
             return await self.handle.score(batch)
 
+    async def score_rollouts(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        with self.timeline.span(self.name, Phase.SCORE):
+            return await self.handle.score_rollouts(rollouts)
+
 
 class TimedReference(TimedScorer[PolicyScorer]):
     async def distributions(self, batch: Batch) -> Tensor:

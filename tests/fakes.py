@@ -71,11 +71,15 @@ class FakeLearner(Alive):
     """Counts its updates; its log-probs and values are all -1."""
 
     def __init__(self):
-        self.updates, self.weights, self.scored = 0, [], 0
+        self.updates, self.weights, self.scored, self.scored_early = 0, [], 0, 0
 
     async def score(self, batch):
         self.scored += 1
         return -torch.ones_like(batch.rollout_logprobs)
+
+    async def score_rollouts(self, rollouts):
+        self.scored_early += len(rollouts)
+        return [-torch.ones(len(r.tokens)) for r in rollouts]
 
     async def distributions(self, batch):
         """Of a vocabulary of ten; a token t has the log-prob -t."""

@@ -248,9 +248,18 @@ def test_old_logprobs_are_recomputed_or_taken_as_they_are(rule, updates, passes,
     roles = replace(roles, actor=Spy())
     chosen = {"epochs": 1, "minibatches": updates, "old_logprobs": rule}
     _, recorder = run(settings(steps=1, updates=chosen, algorithm={"name": "grpo", "kl_coef": 0}), roles)
-    assert roles.actor.scored == passes
+    assert (roles.actor.scored, roles.actor.scored_early) == (0, 8 * passes)
     assert ("rollout_logprob_diff_mean" in recorder.metrics[0]) == (passes == 1)
     assert [None if old is None else float(old[0, -1]) for old in olds] == [ratio_from] * updates
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_groups_are_scored_as_they_leave_the_engine_by_roles_whose_weights_stand_still(staleness):
+    """The reference always; the critic only while nothing is trained beside the sampling."""
+    roles = fake_roles()
+    run(settings(steps=3, staleness=staleness), roles)
+    assert roles.reference.scored == 0 and roles.reference.scored_early >= 24
+    assert (roles.critic.scored, roles.critic.scored_early) == ((3, 0) if staleness else (0, 24))
 
 
 def test_the_critic_warms_up_while_the_actor_is_frozen():

@@ -11,9 +11,8 @@ TWO = [rollout(prompt(4), 0), rollout(prompt(4), 1)]
 
 
 def test_the_reward_is_the_weighted_sum_and_keeps_its_parts():
-    scored = weigh(
-        TWO, {"a": [1.0, 2.0], "b": [10.0, 20], "noise": [5.0, 6.0]}, {"a": 0.5, "b": -0.1, "noise": 0.0}
-    )
+    given = [{"a": 1.0, "b": 10.0, "noise": 5.0}, {"a": 2.0, "b": 20, "noise": 6.0}]
+    scored = weigh(TWO, given, {"a": 0.5, "b": -0.1, "noise": 0.0})
     assert [s.reward for s in scored] == [0.5 - 1.0, 1.0 - 2.0]
     assert scored[1].parts == {"a": 2.0, "b": 20.0, "noise": 6.0}
     assert [s.rollout.uid for s in scored] == ["0/4/0", "0/4/1"]
@@ -26,17 +25,20 @@ def test_the_reward_is_the_weighted_sum_and_keeps_its_parts():
         ([math.inf, 1.0], r"reward 'a' gave sample 0/4/0 the reward inf; expected a finite number"),
         ([1.0, "high"], r"reward 'a' gave sample 0/4/1 the reward 'high'; expected a finite number"),
         ([1.0, None], r"reward 'a' gave sample 0/4/1 no reward; expected one number per response"),
-        ([1.0], r"reward 'a' gave sample 0/4/1 no reward"),
-        ([], r"reward 'a' gave sample 0/4/0 no reward"),
     ],
 )
 def test_a_reward_that_is_no_finite_number_is_refused_with_the_sample(values, message):
     """BUGS B11, B16. A weight of 0 does not excuse it: 0 x NaN is NaN."""
     for weight in (1.0, 0.0):
         with pytest.raises(RewardError, match=message):
-            weigh(TWO, {"a": values}, {"a": weight})
+            weigh(TWO, [{"a": value} for value in values], {"a": weight})
 
 
 def test_a_sum_that_overflows_is_refused():
     with pytest.raises(RewardError, match="of sample 0/4/0 add up to inf; lower their weights"):
-        weigh(TWO, {"a": [1e308, 1.0]}, {"a": 1e10})
+        weigh(TWO, [{"a": 1e308}, {"a": 1.0}], {"a": 1e10})
+
+
+def test_a_reward_that_was_never_given_is_refused():
+    with pytest.raises(RewardError, match="reward 'a' gave sample 0/4/0 no reward"):
+        weigh(TWO, [{}, {"a": 1.0}], {"a": 1.0})

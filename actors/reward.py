@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actors.learner import Learner
 from actors.model import ScoreModel
-from actors.reward_function import find_reward_function
+from actors.reward_function import find_reward_function, judge_all
 from actors.worker import Worker
 from orchestrator.batch import Rollout
 from orchestrator.collate import attention, pad
@@ -35,10 +35,7 @@ class Judge(Worker):
 
     def score_rollouts(self, rollouts: list[Rollout]) -> dict[str, list[float]]:
         """By name, one reward per rollout, as it is: who gathers them refuses what is no finite number."""
-        rewards = {
-            name: [function(r.text, r.prompt.text, r.prompt.label) for r in rollouts]
-            for name, function in self._functions.items()
-        }
+        rewards = {name: judge_all(function, rollouts) for name, function in self._functions.items()}
         if self.model is not None:
             rewards[MODEL] = self.score([list(rollout.tokens) for rollout in rollouts])
         return rewards

@@ -15,6 +15,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from importlib import metadata, resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -38,6 +39,10 @@ verbs
   train RUN... [a.b.c=value ...] [--resume | --fresh]   train; RUN is a YAML file or a preset
   config RUN... [a.b.c=value ...]                       print the run with every default filled in
   train --help                                          every field of a run
+  submit RUN... --to TARGET                             the run on local, ray, kuberay or slurm;
+                                                        also render, lint, status, logs, stop, resume
+  doctor                                                checks this machine, or a Ray cluster
+  serve-reward MODEL                                    a reward model as a service
   --help, --version                                     this text; the version
 
 Several RUNs lie on one another, the last on top: quartet train quickstart dapo rl.steps=10
@@ -111,7 +116,41 @@ def config(argv: Sequence[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "config": config}
+def on_target(verb: str, argv: Sequence[str]) -> int:
+    """``quartet submit RUN [a.b.c=value ...] --to TARGET [--at key=value] [--wait]``, and its sister
+    verbs."""
+    from launch.submit import verbs  # noqa: PLC0415 - only these verbs need it
+
+    parser = run_parser(verb)
+    parser.add_argument("-h", "--help", action="help")
+    verbs.add_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    return verbs.main(verb, resolve(arguments.run, arguments.overrides), arguments)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """``quartet doctor``."""
+    from launch import doctor as checks  # noqa: PLC0415
+
+    return checks.main(argv)
+
+
+def serve_reward(argv: Sequence[str]) -> int:
+    """``quartet serve-reward MODEL``."""
+    prepare_environment()
+    from launch import serve_reward as service  # noqa: PLC0415 - torch loads here
+
+    return service.main(argv)
+
+
+ON_TARGET = ("submit", "render", "lint", "status", "logs", "stop", "resume")
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "config": config,
+    **{verb: partial(on_target, verb) for verb in ON_TARGET},
+    "doctor": doctor,
+    "serve-reward": serve_reward,
+}
 
 
 def run_parser(verb: str) -> Parser:

@@ -20,10 +20,24 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors.worker import RosterLine
+from launch.submit.startup import mark
 from orchestrator.config import Run
 from orchestrator.placement import Layout, Resources, layout, request, shortage
 
 OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: a few batches of experience
+
+
+ROLE_LABEL = "quartet.role."  # a node with the label quartet.role.actor=true is for the actor
+
+
+def role_labels(plan: Layout, group: int, labels: set[str]) -> dict[str, str]:
+    """The node labels that a placement group asks for: those of its roles for which some node is labelled.
+
+    Example: on a cluster with nodes labelled quartet.role.actor, the actor's group gets
+    {"quartet.role.actor": "true"}; on one without labels every group gets {} and may live anywhere.
+    """
+    roles = [role for role, seats in plan.seats.items() if seats[0].group == group]
+    return {ROLE_LABEL + role: "true" for role in roles if ROLE_LABEL + role in labels}
 
 
 class PlacementError(RuntimeError):
@@ -51,6 +65,12 @@ class Cluster(AbstractContextManager["Cluster"]):
         warnings.filterwarnings("ignore", message="Zero-copy tensor serialization is enabled")
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         ray.init(logging_level="warning", log_to_driver=False, **where)
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        mark("head healthy")
+        mark(
+            "nodes joined",
+            f"{len(alive)} ({', '.join(sorted(node['NodeManagerAddress'] for node in alive))})",
+        )
         self.record(RosterLine(role="driver", rank=0, pid=os.getpid(), node=ray.util.get_node_ip_address()))
         return self
 
@@ -66,11 +86,20 @@ class Cluster(AbstractContextManager["Cluster"]):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if self._address is None and (why := shortage(self._run, plan, nodes)):
             raise PlacementError(why)
-        self._groups = [placement_group([*bundles], strategy="PACK") for bundles in plan.groups]
+        labels = {label for node in ray.nodes() if node["Alive"] for label in node.get("Labels", {})}
+        self._groups = [
+            placement_group(
+                [*bundles],
+                strategy="PACK",
+                bundle_label_selector=[role_labels(plan, index, labels)] * len(bundles),
+            )
+            for index, bundles in enumerate(plan.groups)
+        ]
         deadline = time.monotonic() + self._run.placement.timeout_s
         for group in self._groups:
             if not group.wait(max(0.1, deadline - time.monotonic())):
                 raise PlacementError(self._refusal(plan))
+        mark("placement groups ready", ", ".join(roles))
         return plan, self._groups
 
     def release(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.build import Crew, rl_roles
+from launch.graceful import StoppedAfterCheckpoint, StopRequest, stop_on_sigterm
 from launch.progress import write_samples
 from launch.run_folder import StageResult
 from launch.session import Session
@@ -14,6 +15,7 @@ from orchestrator import metrics as names
 from orchestrator.batch import Batch, Prompt, ScoredRollout, StopReason
 from orchestrator.checkpoint import Checkpoints
 from orchestrator.config import RL, Run
+from orchestrator.data import PromptSet
 from orchestrator.driver_state import DriverState
 from orchestrator.evaluate import evaluate
 from orchestrator.ledger import Ledger
@@ -31,15 +33,23 @@ SAMPLES_WRITTEN = 8  # rollouts per step that writes samples
 
 async def run_rl(session: Session, models: dict[str, str]) -> StageResult:
     """The whole stage; resumes from its newest checkpoint when there is one."""
-    run, rl, prompts = session.run, session.run.rl, session.materials.prompts
+    _run, rl, prompts = session.run, session.run.rl, session.materials.prompts
     assert rl is not None and prompts is not None
     session.progress.header(f"rl: {rl.algorithm.name}, {len(prompts.prompts)} prompts, {rl.steps} steps")
+    with stop_on_sigterm() as stop:
+        return await _run(session, rl, prompts, models, stop)
+
+
+async def _run(
+    session: Session, rl: RL, prompts: PromptSet, models: dict[str, str], stop: StopRequest
+) -> StageResult:
+    run = session.run
     crew = Crew(run, session.cluster, rl_roles(run))
     try:
         timeline = Timeline()
         roles = timed(await crew.rl(models), timeline)
         ledger = Ledger(prompts.prompts, seed=run.seed)
-        journal = Journal(session, rl, roles, ledger, timeline)
+        journal = Journal(session, rl, roles, ledger, timeline, stop)
         start = await journal.restore()
         await train(
             rl, roles, ledger, observer=journal, probe=probe_of(prompts.prompts, run), start=start,
@@ -72,10 +82,13 @@ def probe_of(prompts: Sequence[Prompt], run: Run) -> Probe:
 class Journal:
     """Logs, checkpoints and evaluates around the steps."""
 
-    def __init__(self, session: Session, rl: RL, roles: Roles, ledger: Ledger, timeline: Timeline) -> None:
+    def __init__(
+        self, session: Session, rl: RL, roles: Roles, ledger: Ledger, timeline: Timeline, stop: StopRequest
+    ) -> None:
         self.session, self.rl, self.roles, self.ledger, self.timeline = session, rl, roles, ledger, timeline
         self.folder = session.folder.path / "rl"
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=rl.keep_checkpoints)
+        self.stop = stop
         self.newest: Path | None = None
         self.accuracies: dict[str, float] = {}
 
@@ -118,8 +131,10 @@ class Journal:
     async def _milestones(self, state: DriverState) -> None:
         step = state.step
         last = step == self.rl.steps
-        if last or (self.rl.save_every and step % self.rl.save_every == 0):
+        if last or self.stop.asked or (self.rl.save_every and step % self.rl.save_every == 0):
             self.newest = await self.checkpoints.save(state, dict(self.roles.learners()), self.ledger.state())
+        if self.stop.asked and not last:
+            raise StoppedAfterCheckpoint(f"stopped after step {step}: {self.newest}; --resume goes on")
         evaluation = self.rl.evaluation
         if last:
             await self._evaluate(step, "accuracy_after")

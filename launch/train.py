@@ -11,6 +11,7 @@ import time
 import traceback
 
 from launch.cluster import Cluster
+from launch.graceful import CHECKPOINTED, StoppedAfterCheckpoint
 from launch.prepare import prepare
 from launch.progress import Progress
 from launch.rl_stage import run_rl
@@ -35,6 +36,9 @@ def main(run: Run, *, resume: bool, fresh: bool) -> int:
                     materials=materials, folder=folder, cluster=cluster, progress=progress, tracker=tracker
                 )
                 results = asyncio.run(stages(session))
+        except StoppedAfterCheckpoint as stopped:
+            progress.note(str(stopped))
+            return CHECKPOINTED
         except (
             RuntimeError,
             ValueError,

@@ -1,0 +1,86 @@
+"""Strict validation of Kubernetes objects as an API server with fieldValidation=Strict does it, from the
+CRDs.
+
+A structural schema becomes JSON Schema: an object with known properties allows no others; a required key
+that has a default is never missing, because the server fills defaults in first.
+"""
+
+import functools
+import gzip
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+
+CRDS = Path(__file__).parent / "crd"
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+METADATA = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["name"],
+    "properties": {"name": {"type": "string"}, "namespace": {"type": "string"}, "labels": STRINGS,
+                   "annotations": STRINGS},
+}  # fmt: skip
+
+
+def strict(schema: Any) -> Any:
+    """The JSON Schema of one structural schema."""
+    out = {
+        key: value
+        for key, value in schema.items()
+        if not key.startswith("x-kubernetes-") and key not in ("default", "description", "nullable", "format")
+    }
+    if schema.get("x-kubernetes-int-or-string"):
+        out.pop("anyOf", None)
+        return out | {"type": ["integer", "string"]}
+    if "properties" in schema:
+        fields = schema["properties"]
+        out["required"] = [name for name in schema.get("required", []) if "default" not in fields[name]]
+        out["properties"] = {name: strict(field) for name, field in fields.items()}
+    if isinstance(schema.get("additionalProperties"), dict):
+        out["additionalProperties"] = strict(schema["additionalProperties"])
+    elif schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        out["additionalProperties"] = False
+    if "items" in schema:
+        out["items"] = strict(schema["items"])
+    return out
+
+
+@functools.cache
+def validator(kind: str) -> Draft202012Validator:
+    crd = yaml.load(gzip.decompress((CRDS / f"{kind.lower()}s.yaml.gz").read_bytes()), Loader=Loader)
+    version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
+    schema = strict(version["schema"]["openAPIV3Schema"])
+    schema["properties"] |= {
+        "metadata": METADATA, "apiVersion": {"const": "ray.io/v1"}, "kind": {"const": kind}
+    }  # fmt: skip
+    return Draft202012Validator(schema)
+
+
+def errors(document: dict[str, Any]) -> list[str]:
+    """Every violation, e.g. "spec/suspend: 'yes' is not of type 'boolean'"."""
+    found = validator(document["kind"]).iter_errors(document)
+    return [f"{'/'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
+
+
+def references(document: Any) -> set[tuple[str, str]]:
+    """Every ConfigMap, Secret and PersistentVolumeClaim that an object names."""
+    found: set[tuple[str, str]] = set()
+    if isinstance(document, list):
+        return found.union(*map(references, document)) if document else found
+    if not isinstance(document, dict):
+        return found
+    for key, value in document.items():
+        if key in ("secretRef", "secretKeyRef"):
+            found.add(("Secret", value["name"]))
+        elif key == "configMap":
+            found.add(("ConfigMap", value["name"]))
+        elif key == "persistentVolumeClaim":
+            found.add(("PersistentVolumeClaim", value["claimName"]))
+        elif key == "authOptions":
+            found.add(("Secret", value["secretName"]))
+        else:
+            found |= references(value)
+    return found

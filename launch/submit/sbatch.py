@@ -10,6 +10,8 @@ from __future__ import annotations
 from launch.submit.job import Job, entrypoint, shell
 from launch.submit.slurm_settings import CONFIG
 
+ROLE_LABEL = "quartet.role."  # launch/cluster.py places a role where a node carries its label
+
 SCRIPT = r"""
 set -euo pipefail
 log() { printf '[start] %s\n' "$*"; }
@@ -44,12 +46,16 @@ requeue=
 trap '[ -z "$driver" ] || kill -TERM "$driver" 2>/dev/null || true; [ -n "$driver" ] || exit 143' TERM
 trap 'requeue=@REQUEUE@; [ -z "$driver" ] || kill -TERM "$driver" 2>/dev/null || true' USR1
 
-ray start --head --block --node-ip-address="$head" --port=@PORT@ --dashboard-host=127.0.0.1 \
-    --dashboard-port=@DASHBOARD@ @RAY_OPTIONS@ > "$attempt/head.log" 2>&1 & pids+=($!)
+# One word per node: the labels of the roles that live there, or "-".
+labels=(@LABELS@)
+label_option() { [ "$1" = - ] || printf -- '--labels=%s' "$1"; }
+
+ray start --head --block $(label_option "${labels[0]}") --node-ip-address="$head" --port=@PORT@ \
+    --dashboard-host=127.0.0.1 --dashboard-port=@DASHBOARD@ @RAY_OPTIONS@ > "$attempt/head.log" 2>&1 & pids+=($!)
 deadline=$((SECONDS + @DEADLINE@))
 until ray health-check --address "$head:@PORT@" > /dev/null 2>&1; do
     kill -0 "${pids[0]}" 2>/dev/null || { cat "$attempt/head.log"; echo "the Ray head died"; exit 1; }
-    ((SECONDS < deadline)) || { echo "no healthy Ray head after @DEADLINE@ s; see $attempt/head.log"; exit 1; }
+    ((SECONDS < deadline)) || { echo "no Ray head in @DEADLINE@ s: $attempt/head.log"; exit 1; }
     sleep 0.5
 done
 
@@ -58,7 +64,9 @@ if ((${#nodes[@]} > 1)); then
     # One step for all workers; each finds its own address towards the head.
     srun --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --exclude="${nodes[0]}" --overlap \
         --output="$attempt/worker-%t.log" \
-        ray start --block --address="$head:@PORT@" @RAY_OPTIONS@ & pids+=($!)
+        bash -c 'labels=('"${labels[*]:1}"'); mine=${labels[$SLURM_PROCID]}
+            if [ "$mine" = - ]; then mine=; else mine=--labels=$mine; fi
+            exec ray start --block --address='"$head:@PORT@"' $mine @RAY_OPTIONS@' & pids+=($!)
 fi
 python -m launch.submit.wait_for_nodes "$head:@PORT@" "${#nodes[@]}" @DEADLINE@
 
@@ -74,6 +82,14 @@ if [ -n "$requeue" ] && ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; f
 echo "$code" > "$attempt/exit_code"
 exit "$code"
 """
+
+
+def labels(settings: CONFIG) -> list[str]:
+    """One word per node, e.g. ["quartet.role.actor=true,quartet.role.critic=true", "-"]."""
+    per_node = [*settings.node_roles, *[""] * settings.nodes][: settings.nodes]
+    return [
+        ",".join(f"{ROLE_LABEL}{role}=true" for role in roles.split("+") if role) or "-" for roles in per_node
+    ]
 
 
 def script(job: Job, settings: CONFIG, *, folder: str, root: str, ray: str) -> str:
@@ -109,6 +125,7 @@ def script(job: Job, settings: CONFIG, *, folder: str, root: str, ray: str) -> s
         "PORT": str(settings.port),
         "DASHBOARD": str(settings.dashboard_port),
         "RAY_OPTIONS": shell(ray_options),
+        "LABELS": " ".join(labels(settings)),
         "DEADLINE": str(settings.start_deadline_s),
         "RESUME": "--resume" if job.resume else "",
         "COMMAND": shell(

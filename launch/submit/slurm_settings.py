@@ -15,6 +15,8 @@ class CONFIG(TargetSettings):
     """Nodes of the job."""
     gpus_per_node: NonNegativeInt = 0
     """GPUs of a node."""
+    node_roles: tuple[str, ...] = ()
+    """Roles per node, e.g. ["actor+critic", "engine"]; default: wherever there is room."""
     cpus_per_node: PositiveInt | None = None
     """CPUs that Ray counts per node; default: all it sees."""
     object_store_mb: PositiveInt | None = None

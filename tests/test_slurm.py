@@ -1,0 +1,129 @@
+"""`quartet submit --to slurm` on a real Slurm whose three nodes are namespaced hosts."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests import slurm_cluster
+from tests.hosts import Network
+from tests.ray_head import ROOT
+from tests.slurm_cluster import Slurm, until
+from tests.test_ray_jobs import SMALL
+
+pytestmark = pytest.mark.slow
+ROLES = "node_roles=[actor+critic, engine, reward+reference]"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if why := slurm_cluster.missing():
+        pytest.skip(f"no real Slurm here: {why}")
+    base = tmp_path_factory.mktemp("slurm")
+    network = Network(base, 3)
+    try:
+        slurm = Slurm(base, network)
+        try:
+            slurm.wait_for_nodes()
+            yield slurm
+        finally:
+            slurm.close()
+    finally:
+        network.close()
+
+
+def quartet(cluster, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments, "--to", "slurm", "--at", "cpus_per_node=2",
+         "--at", "object_store_mb=80", "--at", "start_deadline_s=180", "--at", "stop_grace_s=60"],
+        capture_output=True, text=True, timeout=400,
+        env={**cluster.environment, "PYTHONPATH": str(ROOT), "WANDB_API_KEY": "canary-slurm-19"},
+    )  # fmt: skip
+
+
+def ray_processes(cluster):
+    pids = [pid for name in cluster.network.names for pid in cluster.network.processes(name)]
+    found = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    return [p.name() for p in found if p.name() not in ("slurmd", "slurmstepd")]
+
+
+def steps(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return sum('"step_s"' in line for line in file.read_text().splitlines()) if file.exists() else 0
+
+
+def submitted(folder, name, *more):
+    return ["quickstart", f"name={name}", f"run_dir={folder / 'run'}", *SMALL, "rl.save_every=1", *more]
+
+
+def test_ppo_over_three_hosts_loses_a_node_is_requeued_and_resumes(cluster, tmp_path):
+    run = submitted(tmp_path, "ppo", "rl.steps=30")
+    three = ["--at", "nodes=3", "--at", ROLES]
+    first = quartet(cluster, "submit", *run, *three)
+    assert first.returncode == 0, first.stdout + first.stderr
+    folder = tmp_path / "run"
+    log = tmp_path / ".quartet" / "ppo-0" / "log"
+    until(lambda: steps(folder) >= 2 or "exit_code" in os.listdir(log.parent), 240)
+    roster = json.loads((folder / "roster.json").read_text())
+    a, b, c = cluster.network.addresses
+    where = {line["role"]: line["node"] for line in roster}
+    assert where == {"driver": a, "actor": a, "critic": a, "engine": b, "reward": c, "reference": c}
+
+    number = (log.parent / "job").read_text()
+    lost = cluster.network.names[2]
+    cluster.network.kill(lost)
+    until(lambda: "Restarts=1" in cluster.run("scontrol", "show", "job", "-o", number), 120)
+    done = steps(folder)
+    cluster.start_node(lost)
+    cluster.run("scontrol", "update", f"jobid={number}", "StartTime=now")
+    until(lambda: "resumed from step" in log.read_text(), 240)
+    until(lambda: steps(folder) > done, 120)
+
+    stopped = quartet(cluster, "stop", *run, *three)
+    assert "ppo-0  stopped  exit code 75" in stopped.stdout, stopped.stdout + stopped.stderr + log.read_text()
+    until(lambda: ray_processes(cluster) == [], 30)
+    said = [
+        first.stdout,
+        stopped.stdout,
+        *(f.read_text(errors="replace") for f in log.parent.rglob("*") if f.is_file() and f.name != "token"),
+    ]
+    tokens = [f.read_text() for f in log.parent.rglob("token")]
+    assert len(tokens) == 2 and not any(
+        secret in text for text in said for secret in [*tokens, "canary-slurm-19"]
+    )
+
+
+def test_a_failing_job_has_the_exit_code_of_the_training_process(cluster, tmp_path):
+    run = submitted(tmp_path, "bad", "task=null", "model.path=/nowhere", "rl.prompts.path=/nowhere.jsonl")
+    run = [field for field in run if not field.startswith(("task.", "model.path=task"))]
+    result = quartet(cluster, "submit", *run, "--wait")
+    assert result.returncode == 2 and "bad-0  failed  exit code 2" in result.stdout, (
+        result.stdout + result.stderr
+    )
+    assert "head healthy" in result.stderr or "allocated" in result.stderr
+
+
+def test_a_cancelled_job_leaves_no_process(cluster, tmp_path):
+    run = submitted(tmp_path, "gone", "rl.steps=400")
+    assert quartet(cluster, "submit", *run, "--at", "nodes=2").returncode == 0
+    log = tmp_path / ".quartet" / "gone-0" / "log"
+    until(lambda: log.exists() and "allocated" in log.read_text() and len(ray_processes(cluster)) > 3, 90)
+    time.sleep(2)
+    cluster.run("scancel", (log.parent / "job").read_text())
+    until(lambda: ray_processes(cluster) == [], 60)
+    assert "gone-0  stopped" in quartet(cluster, "status", *run).stdout
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [("nodes=9", "nodes=9, but Slurm has 3"), ("gpus_per_node=4", "gpus_per_node=4, but a node has gpu:2")],
+)
+def test_more_than_the_cluster_has_is_refused_and_leaves_nothing(cluster, tmp_path, at, said):
+    result = quartet(cluster, "submit", *submitted(tmp_path, "big"), "--at", at)
+    assert result.returncode == 2 and said in result.stderr, result.stdout + result.stderr
+    assert not (tmp_path / ".quartet").exists()

@@ -30,11 +30,11 @@ DISK_MB = 64
 TIMEOUT_S = 5
 
 
-class Trouble(Exception):  # noqa: N818
+class Trouble(Exception):
     """What is wrong, and what to do."""
 
 
-class Skipped(Exception):  # noqa: N818
+class Skipped(Exception):
     """Why a check does not apply here."""
 
 

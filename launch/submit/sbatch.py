@@ -51,7 +51,8 @@ labels=(@LABELS@)
 label_option() { [ "$1" = - ] || printf -- '--labels=%s' "$1"; }
 
 ray start --head --block $(label_option "${labels[0]}") --node-ip-address="$head" --port=@PORT@ \
-    --dashboard-host=127.0.0.1 --dashboard-port=@DASHBOARD@ @RAY_OPTIONS@ > "$attempt/head.log" 2>&1 & pids+=($!)
+    --dashboard-host=127.0.0.1 --dashboard-port=@DASHBOARD@ @RAY_OPTIONS@ \
+    > "$attempt/head.log" 2>&1 & pids+=($!)
 deadline=$((SECONDS + @DEADLINE@))
 until ray health-check --address "$head:@PORT@" > /dev/null 2>&1; do
     kill -0 "${pids[0]}" 2>/dev/null || { cat "$attempt/head.log"; echo "the Ray head died"; exit 1; }

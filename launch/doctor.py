@@ -1,9 +1,9 @@
 """``quartet doctor``: what a run needs of this machine, each line with what to do when it is not there.
 
     ok    shared memory      /dev/shm has 12.0 GiB free
-    FAIL  Ray refuses        http://... answers without a token; start it with RAY_AUTH_MODE=token
+    FAIL  Ray refuses        http://... answers without a token; set RAY_AUTH_MODE=token
 
-A check is a function that returns its finding or raises ``Trouble``. The exit status is 0, or 1 with any FAIL.
+A check is a function that returns its finding or raises ``Trouble``. The exit status is 1 with any FAIL.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ RewardFunction = Callable[[str, str, str | None], float]  # (response, prompt, l
 
 
 def find_reward_function(spec: str) -> RewardFunction:
-    """A file in actors/rewards/, package.module:name, or URLs with commas; ValueError lists the known ones."""
+    """A file in actors/rewards/, package.module:name, or URLs with commas; else ValueError."""
     if spec.startswith(("http://", "https://")):
         return RemoteReward(spec.split(","))
     if ":" in spec:

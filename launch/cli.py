@@ -117,7 +117,7 @@ def config(argv: Sequence[str]) -> int:
 
 
 def on_target(verb: str, argv: Sequence[str]) -> int:
-    """``quartet submit RUN [a.b.c=value ...] --to TARGET [--at key=value] [--wait]``, and its sister
+    """``quartet submit RUN... [a.b.c=value ...] --to TARGET [--at key=value] [--wait]``, and its sister
     verbs."""
     from launch.submit import verbs  # noqa: PLC0415 - only these verbs need it
 
@@ -125,7 +125,7 @@ def on_target(verb: str, argv: Sequence[str]) -> int:
     parser.add_argument("-h", "--help", action="help")
     verbs.add_arguments(parser)
     arguments = parser.parse_intermixed_args(argv)
-    return verbs.main(verb, resolve(arguments.run, arguments.overrides), arguments)
+    return verbs.main(verb, resolve(arguments.words), arguments)
 
 
 def doctor(argv: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import hmac
 import ipaddress
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -135,7 +136,12 @@ def model_score(path: str, *, dtype: str, max_length: int, device: str, micro_ba
         ]
         if (long := max(map(len, sequences))) > max_length:
             raise ValueError(f"a sequence has {long} tokens; --max-length is {max_length}")
-        return worker.score(sequences)
+        scores = worker.score(sequences)
+        if wrong := [value for value in scores if not math.isfinite(value)]:
+            raise ValueError(
+                f"{path} gave {len(wrong)} of {len(scores)} scores that are not finite, e.g. {wrong[0]}"
+            )
+        return scores
 
     return score
 

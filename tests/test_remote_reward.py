@@ -150,8 +150,9 @@ def test_a_url_is_a_reward_like_a_function():
     with service(lengths) as url:
         worker = Judge(model=None, functions={"far": url}, micro_batch_tokens=1)
         worker.start()
-        assert worker.score_rollouts([rollout(prompt())]) == {"far": [find_reward_function(url)("b", "a", "b")]}
-
+        assert worker.score_rollouts([rollout(prompt())]) == {
+            "far": [find_reward_function(url)("b", "a", "b")]
+        }
 
 
 def test_a_service_beyond_the_loopback_needs_a_token(monkeypatch):

@@ -60,9 +60,7 @@ def rdma(job: Job, settings: CONFIG) -> list[Object]:
 
 def one_gpu(run: Run) -> Run:
     """Every role on the same single GPU."""
-    roles = {
-        name: getattr(run.roles, name).model_copy(update={"gpus": 1}) for name in type(run.roles).model_fields
-    }
+    roles = {name: role.model_copy(update={"gpus": 1}) for name, role in run.roles if role is not None}
     engine = run.engine.model_copy(
         update={"replicas": 1, "tensor_parallel": 1, "gpus": 1, "gpu_memory_fraction": 0.3}
     )

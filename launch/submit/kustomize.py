@@ -24,7 +24,7 @@ HEADER = "# Written by `python -m launch.submit.kustomize` from k8s/run.yaml and
 
 
 def inputs() -> tuple[Job, CONFIG]:
-    return Job(run=load_run(K8S / "run.yaml", [])), CONFIG(**read_yaml(K8S / "target.yaml"))
+    return Job(run=load_run([K8S / "run.yaml"], [])), CONFIG(**read_yaml(K8S / "target.yaml"))
 
 
 def files() -> dict[str, str]:

@@ -33,7 +33,7 @@ SAMPLES_WRITTEN = 8  # rollouts per step that writes samples
 
 async def run_rl(session: Session, models: dict[str, str]) -> StageResult:
     """The whole stage; resumes from its newest checkpoint when there is one."""
-    _run, rl, prompts = session.run, session.run.rl, session.materials.prompts
+    rl, prompts = session.run.rl, session.materials.prompts
     assert rl is not None and prompts is not None
     session.progress.header(f"rl: {rl.algorithm.name}, {len(prompts.prompts)} prompts, {rl.steps} steps")
     with stop_on_sigterm() as stop:

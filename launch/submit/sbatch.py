@@ -62,10 +62,12 @@ done
 
 if ((${#nodes[@]} > 1)); then
     others=$((${#nodes[@]} - 1))
+    # --export=ALL: sbatch's --export=NIL would go on to this step, and it would have no PATH and no token.
     # One step for all workers; each finds its own address towards the head.
     srun --nodes="$others" --ntasks="$others" --ntasks-per-node=1 --exclude="${nodes[0]}" --overlap \
+        --export=ALL \
         --output="$attempt/worker-%t.log" \
-        bash -c 'labels=('"${labels[*]:1}"'); mine=${labels[$SLURM_PROCID]}
+        /bin/bash -c 'labels=('"${labels[*]:1}"'); mine=${labels[$SLURM_PROCID]}
             if [ "$mine" = - ]; then mine=; else mine=--labels=$mine; fi
             exec ray start --block --address='"$head:@PORT@"' $mine @RAY_OPTIONS@' & pids+=($!)
 fi

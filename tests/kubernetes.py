@@ -10,10 +10,11 @@ import gzip
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-CRDS = Path(__file__).parent / "crd"
+CRDS = Path(__file__).parents[2] / "shared" / "cluster" / "crd"  # as KubeRay publishes them
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 METADATA = {
@@ -50,7 +51,10 @@ def strict(schema: Any) -> Any:
 
 @functools.cache
 def validator(kind: str) -> Draft202012Validator:
-    crd = yaml.load(gzip.decompress((CRDS / f"{kind.lower()}s.yaml.gz").read_bytes()), Loader=Loader)
+    file = CRDS / f"{kind.lower()}s.yaml.gz"
+    if not file.exists():
+        pytest.skip(f"KubeRay's schema of {kind} is not beside this checkout: {file.name}")
+    crd = yaml.load(gzip.decompress(file.read_bytes()), Loader=Loader)
     version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
     schema = strict(version["schema"]["openAPIV3Schema"])
     schema["properties"] |= {

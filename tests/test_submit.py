@@ -111,7 +111,7 @@ def test_a_working_directory_above_the_limit_or_with_a_key_is_refused(tmp_path, 
 def test_a_failing_job_on_this_machine_leaves_its_exit_code_and_its_log(tmp_path):
     run, target = a_run(tmp_path), local.Target(local.CONFIG())
     target.submit(Job(run=run))
-    for _ in range(300):
+    for _ in range(900):
         if target.reports(run)[0].state.is_over:
             break
         time.sleep(0.2)

@@ -1,5 +1,7 @@
 """Hosts on one machine: network namespaces, each with its own address, hostname, /dev/shm and /tmp/ray.
 
+Names are looked up in a file of their own: no name server answers here, and each question would wait for one.
+
     switch 10.88.N.254 (this machine) -- host 1: 10.88.N.1 -- host 2: 10.88.N.2 -- ...
 
 Needs root and iproute2. Whoever makes a ``Network`` closes it: that kills what runs in it and
@@ -9,6 +11,7 @@ removes the bridge.
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -19,7 +22,9 @@ mount --make-rprivate /
 mount -t tmpfs -o size=2g tmpfs /dev/shm
 mkdir -p /tmp/ray
 mount --bind "$1" /tmp/ray
-shift
+mount --bind "$2" /etc/hosts
+mount --bind /dev/null /etc/resolv.conf
+shift 2
 exec "$@"
 """
 
@@ -52,12 +57,16 @@ class Network:
             ip(f"-n {name} link set eth0 up")
             ip(f"-n {name} route add default via {self.gateway}")
             (folder / name).mkdir()
+        named = {"127.0.0.1": "localhost", **dict(zip(self.addresses, self.names, strict=True))}
+        named[self.gateway] = socket.gethostname()
+        (folder / "hosts").write_text("".join(f"{address} {name}\n" for address, name in named.items()))
 
     def start(self, name: str, *command: str, log: Path) -> subprocess.Popen:
         """A command on a host."""
         inside = ["nsenter", f"--net=/run/netns/{name}", "unshare", "-m", "-u"]
+        mounts = [str(self.folder / name), str(self.folder / "hosts")]
         process = subprocess.Popen(
-            [*inside, "bash", "-c", INSIDE, name, str(self.folder / name), *command],
+            [*inside, "bash", "-c", INSIDE, name, *mounts, *command],
             stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         self._started.append(process)

@@ -7,6 +7,7 @@ is there, and which number to change.
 import json
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             "nodes joined",
             f"{len(alive)} ({', '.join(sorted(node['NodeManagerAddress'] for node in alive))})",
         )
-        self.record(RosterLine(role="driver", rank=0, pid=os.getpid(), node=ray.util.get_node_ip_address()))
+        self.record(RosterLine(role="driver", rank=0, pid=os.getpid(), node=socket.gethostname()))
         return self
 
     def __exit__(

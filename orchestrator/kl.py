@@ -5,7 +5,8 @@ whole distribution are unbiased. *In the loss* its gradient counts: that of a pl
 (BUGS B12), so it is refused there; k2's is the KL's own when the tokens come from the policy itself; k3's is
 that of another divergence (arXiv:2402.03300 uses it nevertheless). ``weighted`` multiplies an estimate by the
 ratio to the policy that drew the token, through which the gradient then flows: unbiased in value and in
-gradient, for k1 and k3 and after any number of updates (arXiv:2512.02556, section 3.1).
+gradient, for k1 and k3 and after any number of updates (arXiv:2512.02556, section 3.1). k2 is weighted
+without a gradient of the ratio: its own is the KL's already, and the other would be added to it.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class AlgorithmConfig(Settings):
     [tokens, vocabulary] between the roles."""
     kl_weighted: bool = False
     """In the loss: weigh the estimate by the ratio to the policy that drew the token, so that its gradient is
-    that of the KL (DeepSeek-V3.2)."""
+    that of the KL also after that policy was left (DeepSeek-V3.2); full needs no weight."""
     kl_controller: Controller = "fixed"
     """fixed; proportional (Ziegler et al.); doubling: halved below kl_target / 1.5, doubled above 1.5
     kl_target (Schulman et al.)."""
@@ -202,5 +202,6 @@ class AlgorithmConfig(Settings):
         assert part.ref_logprobs is not None
         drift = kl(policy.logprobs, part.ref_logprobs, mask, self.kl_estimator)
         if self.kl_weighted:
-            drift = drift * (policy.logprobs - old).where(mask, 0.0).exp()
+            weight = (policy.logprobs - old).where(mask, 0.0).exp()
+            drift = drift * (weight.detach() if self.kl_estimator == "k2" else weight)
         return drift

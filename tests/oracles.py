@@ -148,11 +148,13 @@ def advantages(name, c, seqs, kl_coef):
             for s in seqs
         ]
     if name in COMPARE:
-        scalars = by_group(
-            seqs, COMPARE[name](c), [s.reward - fsum(p) for s, p in zip(seqs, penalties, strict=True)]
-        )
+        totals = [s.reward - fsum(p) for s, p in zip(seqs, penalties, strict=True)]
+        scalars = by_group(seqs, COMPARE[name](c), totals)
         rows = [[x] * len(s.logp) for x, s in zip(scalars, seqs, strict=True)]
-        return (whiten(rows) if name == "reinforce_pp_baseline" else rows), None
+        if name == "reinforce_pp_baseline":  # the shift of the batch spares groups without signal
+            silent = by_group(seqs, lambda r: [float(min(r) == max(r))] * len(r), totals)
+            rows = [[0.0] * len(w) if s else w for w, s in zip(whiten(rows), silent, strict=True)]
+        return rows, None
     placed = [token_rewards(s.reward, p) for s, p in zip(seqs, penalties, strict=True)]
     if name == "ppo":
         rows = [gae(r, s.values, c.gamma, c.gae_lambda) for r, s in zip(placed, seqs, strict=True)]

@@ -1,4 +1,4 @@
-"""Every algorithm file: the contract they all keep, and each loss against numbers worked by hand."""
+"""Losses, advantages and weights against numbers worked by hand. What all algorithms keep: test_contract.py."""
 
 import math
 
@@ -60,35 +60,6 @@ def cut(experience, updates):
 @pytest.fixture(params=plugins.names(PACKAGE))
 def algorithm(request):
     return plugins.find(PACKAGE, request.param).CONFIG()
-
-
-def test_equal_rewards_give_finite_losses(algorithm):
-    batch = batch_of([1.0, 1.0, 1.0, 1.0], [0, 0, 1, 1], [5, 6, 4, 2])
-    experience, metrics = algorithm.experience(batch, scores_of(batch), 0.1)
-    output = PolicyOutput(logprobs=torch.full((4, 6), -1.0), entropy=None)
-    assert torch.isfinite(algorithm.policy_loss(output, experience).values).all()
-    assert all(math.isfinite(value) for value in metrics.values())
-
-
-def test_everything_is_zero_off_the_mask_even_beside_nan(algorithm):
-    batch = batch_of([1.0, 2.0, 3.0, 5.0], [0, 0, 1, 1], [5, 6, 4, 3])
-    experience, _ = algorithm.experience(batch, scores_of(batch), 0.1)
-    off = ~batch.action_mask
-    assert (experience.advantages[off] == 0).all()
-    logprobs = torch.full((4, 6), -1.0).masked_fill(off, float("nan")).requires_grad_()
-    loss = algorithm.policy_loss(PolicyOutput(logprobs=logprobs, entropy=None), experience)
-    assert (loss.values[off] == 0).all()
-    loss.values.sum().backward()
-    assert torch.isfinite(logprobs.grad).all() and (logprobs.grad[off] == 0).all()
-
-
-def test_padding_and_order_of_rows_change_nothing(algorithm):
-    narrow, wide = (batch_of([1.0, 2.0, 3.0, 5.0], [0, 0, 1, 1], [5, 6, 4, 3], width) for width in (6, 9))
-    scores = scores_of(narrow)
-    padded = {role: torch.nn.functional.pad(score, (0, 3), value=7.0) for role, score in scores.items()}
-    a, _ = algorithm.experience(narrow, scores, 0.1)
-    b, _ = algorithm.experience(wide, padded, 0.1)
-    torch.testing.assert_close(a.advantages, b.advantages[:, :6])
 
 
 def test_before_the_first_inner_step_the_ratio_is_one(algorithm):

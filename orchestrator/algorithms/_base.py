@@ -114,6 +114,7 @@ class AlgorithmConfig(Settings):
         """Rewards, already shaped, and scores ("actor" if wanted, "critic", "reference": [B, T];
         "actor_distribution", "reference_distribution": [B, T, V]) -> advantages and targets."""
         mask, metrics = batch.action_mask, {}
+        scores = {name: score.detach() for name, score in scores.items()}  # data, whoever computed them
         penalty = batch.rollout_logprobs.new_zeros(mask.shape)
         if self._penalises:
             drift = self._drift(scores, mask)

@@ -2,6 +2,9 @@
 
 The group removes the prompt's difficulty, the batch gives the scale, so that no group of nearly equal rewards
 is blown up as in GRPO. The KL is a term of the loss, by k2, whose gradient is that of the KL.
+
+Whitening subtracts the mean over tokens, which is not 0 where good responses are longer than bad ones. A
+group of equals is spared that shift, which verl and OpenRLHF give it too: it keeps exactly 0.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from pydantic import NonNegativeFloat
 from orchestrator.algorithms._base import Advantages
 from orchestrator.algorithms._groups import ClippedGroupAlgorithm
 from orchestrator.batch import Batch
-from orchestrator.estimators import group_centred, whiten
+from orchestrator.estimators import flat_groups, group_centred, whiten
 from orchestrator.kl import Estimator
 
 if TYPE_CHECKING:
@@ -34,8 +37,10 @@ class ReinforcePPBaseline(ClippedGroupAlgorithm):
         return group_centred(rewards, groups, valid)
 
     def advantages(self, batch: Batch, penalty: Tensor, values: Tensor | None) -> Advantages:
+        mask = batch.action_mask
         centred = super().advantages(batch, penalty, values).advantages
-        return Advantages(advantages=whiten(centred, batch.action_mask))
+        flat = flat_groups(batch.rewards - penalty.sum(1), batch.groups, mask.any(1))
+        return Advantages(advantages=whiten(centred, mask).where(~flat[:, None], 0.0))
 
 
 CONFIG = ReinforcePPBaseline

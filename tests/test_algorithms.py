@@ -1,4 +1,4 @@
-"""Losses, advantages and weights against numbers worked by hand. What all algorithms keep: test_contract.py."""
+"""Losses, advantages and weights by numbers worked by hand. What all algorithms keep: test_contract.py."""
 
 import math
 

@@ -10,7 +10,7 @@ from actors.learner import Learner, LossFunction, MicroBatches
 from actors.model import PolicyModel
 from actors.weights.sender import open_sender
 from actors.weights.wire import Address, Sender, TensorMeta, Transport
-from orchestrator.batch import Batch, PolicyOutput
+from orchestrator.batch import Batch, Examples, PolicyOutput
 from orchestrator.config import Model, Optimizer
 from orchestrator.roles import WeightReceipt
 
@@ -43,6 +43,7 @@ class Actor(Learner):
         return PolicyModel.load(self.model)
 
     def output(self, part: Any) -> PolicyOutput:
+        packed = part.positions if isinstance(part, Examples) else None
         logprobs, entropy, distribution = self.backend.forward(
             part.tokens,
             part.attention_mask,
@@ -50,12 +51,16 @@ class Actor(Learner):
             self.temperature,
             self.entropy,
             self.distribution,
+            packed,
         )
         return PolicyOutput(logprobs=logprobs, entropy=entropy, distribution=distribution)
 
     def figures(self, part: Any) -> Tensor:
         """[b, T] log-probs."""
-        return self.backend.forward(part.tokens, part.attention_mask, part.action_mask, self.temperature)[0]
+        packed = part.positions if isinstance(part, Examples) else None
+        return self.backend.forward(
+            part.tokens, part.attention_mask, part.action_mask, self.temperature, False, False, packed
+        )[0]
 
     def distributions(self, batch: Batch, micro_batches: MicroBatches) -> Tensor:
         """[n, T, V] float32 log-probs of the whole vocabulary, 0.0 off the action mask."""

@@ -136,8 +136,8 @@ class WorkerGroup:
         for worker in self.workers:
             ray.kill(worker.handle)
 
-    def _plan(self, lengths: Sequence[int], *, unit: int = 1) -> list[list[list[int]]]:
-        return plan(lengths, num_ranks=len(self.workers), token_budget=self._token_budget, unit=unit)
+    def _plan(self, lengths: Sequence[int], *, units: Sequence[int] = ()) -> list[list[list[int]]]:
+        return plan(lengths, num_ranks=len(self.workers), token_budget=self._token_budget, units=units)
 
 
 class ScorerGroup(WorkerGroup):
@@ -147,7 +147,7 @@ class ScorerGroup(WorkerGroup):
         super().__init__(workers, store=store, token_budget=token_budget)
         self._coming = Coalescer([self._score_rollouts])  # one call at a time: all ranks take part in each
 
-    async def score(self, batch: Batch) -> Tensor:
+    async def score(self, batch: Batch | Examples) -> Tensor:
         """[B, T] float32, row for row."""
         return await self._gather(batch, [worker.handle.score for worker in self.workers])
 
@@ -181,9 +181,11 @@ class LearnerGroup(ScorerGroup):
 
     async def update(self, minibatch: Minibatch) -> Metrics:
         """One optimizer step over all ranks; every rank returns the same global figures."""
-        unit = self.rows_per_example
-        shares = self._plan(minibatch.records.attention_mask[minibatch.rows].sum(1).tolist(), unit=unit)
-        ref = self._store.put(minibatch.records)
+        records, rows = minibatch.records, minibatch.rows
+        together = records.groups if isinstance(records, Examples) else None
+        units = [] if together is None else together[rows].tolist()
+        shares = self._plan(records.attention_mask[rows].sum(1).tolist(), units=units)
+        ref = self._store.put(records)
         answers = await asyncio.gather(
             *(
                 w.call(w.handle.update_rows, ref, minibatch.rows, minibatch.weights, share)
@@ -191,8 +193,6 @@ class LearnerGroup(ScorerGroup):
             )
         )
         return answers[0]
-
-    rows_per_example = 1
 
     async def save(self, folder: Path) -> None:
         await asyncio.gather(*(w.call(w.handle.save, folder) for w in self.workers))
@@ -233,14 +233,16 @@ class ActorGroup(LearnerGroup):
         return answers[0]
 
 
-class PairLearnerGroup(LearnerGroup):
-    """Trains a reward model on pairs: the two rows of a pair stay in one micro-batch."""
+class RewardLearnerGroup(LearnerGroup):
+    """Trains a reward model; its score is one number per sequence."""
 
-    rows_per_example = 2
-
-    async def score_examples(self, examples: Examples) -> Tensor:
+    async def score(self, batch: Batch | Examples) -> Tensor:
         """[B] scores, row for row."""
-        return await self._gather(examples, [worker.handle.score for worker in self.workers])
+        return await self._gather(batch, [worker.handle.score for worker in self.workers])
+
+    async def keep_statistics(self, mean: float, std: float) -> None:
+        """Into the configuration of the model that ``export`` writes."""
+        await asyncio.gather(*(w.call(w.handle.keep_statistics, mean, std) for w in self.workers))
 
 
 class RewardGroup(WorkerGroup):

@@ -40,12 +40,18 @@ class LanguageModel(nn.Module):
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def hidden_states(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
         """[B, T] -> [B, T, d]. Positions count attended tokens, whichever side the padding is on (BUGS A1).
 
         Padding on the right needs no mask: no token looks to its right, so attention stays plainly causal.
+        ``positions`` that restart within a row are packed documents: Transformers masks them from one another
+        (masking_utils.find_packed_sequence_indices), but only when it is given no mask.
         """
-        if bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
+        if positions is not None:
+            mask = None
+        elif bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
             mask, positions = None, torch.arange(tokens.shape[1], device=tokens.device)[None]
         else:
             mask, positions = attention_mask, (attention_mask.long().cumsum(1) - 1).clamp(min=0)
@@ -133,6 +139,7 @@ class PolicyModel(LanguageModel):
         temperature: float,
         entropy: bool = False,
         distribution: bool = False,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """log p(tokens[b, t] | tokens[b, :t]) and the entropy there, [B, T] float32, 0.0 off ``mask``; and
         the log-probs of the whole vocabulary, [B, T, V] float32: 4 B T V bytes, not split into blocks.
@@ -143,7 +150,7 @@ class PolicyModel(LanguageModel):
         asked = mask.clone()
         asked[:, 0] = False
         at = asked.flatten().nonzero().squeeze(1)
-        states = self.hidden_states(tokens, attention_mask).flatten(0, 1).index_select(0, at - 1)
+        states = self.hidden_states(tokens, attention_mask, positions).flatten(0, 1).index_select(0, at - 1)
         head = self.model.get_output_embeddings()
         found = head(states, tokens.flatten()[at], temperature, entropy, distribution)
         placed: list[Tensor | None] = []

@@ -6,7 +6,7 @@ from torch import Tensor
 from actors.learner import MicroBatches, to_device, widen
 from actors.model import PolicyModel
 from actors.worker import Worker
-from orchestrator.batch import Batch
+from orchestrator.batch import Batch, Examples
 from orchestrator.collate import take
 from orchestrator.config import Model
 
@@ -22,7 +22,7 @@ class Reference(Worker):
     def start(self) -> None:
         self.policy = PolicyModel.load(self.model).to(self.device).requires_grad_(False).eval()
 
-    def score(self, batch: Batch, micro_batches: MicroBatches) -> Tensor:
+    def score(self, batch: Batch | Examples, micro_batches: MicroBatches) -> Tensor:
         """[n, T] float32 log-probs of this rank's rows, in the order of the concatenated micro-batches."""
         return self._each(batch, micro_batches, distribution=False)
 
@@ -31,7 +31,7 @@ class Reference(Worker):
         return self._each(batch, micro_batches, distribution=True)
 
     @torch.no_grad()
-    def _each(self, batch: Batch, micro_batches: MicroBatches, *, distribution: bool) -> Tensor:
+    def _each(self, batch: Batch | Examples, micro_batches: MicroBatches, *, distribution: bool) -> Tensor:
         width = (batch.tokens.shape[1],)
         if distribution:
             width += (self.policy.model.config.get_text_config().vocab_size,)

@@ -16,6 +16,8 @@ from orchestrator.batch import Rollout
 from orchestrator.collate import attention, pad
 from orchestrator.config import MODEL, Model
 
+REWARD_MEAN, REWARD_STD = "reward_mean", "reward_std"  # in config.json, of the scores of held-out rows
+
 
 class Judge(Worker):
     """A frozen model, functions, or both; its ranks never talk to each other."""
@@ -23,15 +25,26 @@ class Judge(Worker):
     role = "reward"
     collective = False
 
-    def __init__(self, *, model: Model | None, functions: Mapping[str, str], micro_batch_tokens: int) -> None:
-        """``model`` None: only functions judge. ``functions``: where each is, by the name of its reward."""
+    def __init__(
+        self,
+        *,
+        model: Model | None,
+        functions: Mapping[str, str],
+        micro_batch_tokens: int,
+        normalize: bool = False,
+    ) -> None:
+        """``model`` None: only functions judge. ``functions``: where each is, by the name of its reward.
+        ``normalize``: scores minus the mean, over the deviation, that the model's folder keeps."""
         self.model, self.functions, self.micro_batch_tokens = model, functions, micro_batch_tokens
+        self.normalize, self.mean, self.std = normalize, 0.0, 1.0
 
     def start(self) -> None:
         self._functions = {name: find_reward_function(spec) for name, spec in self.functions.items()}
         if self.model is not None:
             scorer = ScoreModel.load(self.model, head_seed=self.seed)
             self.scorer = scorer.to(self.device).requires_grad_(False).eval()
+            if self.normalize:
+                self.mean, self.std = _statistics(scorer, self.model.path)
 
     def score_rollouts(self, rollouts: list[Rollout]) -> dict[str, list[float]]:
         """By name, one reward per rollout, as it is: who gathers them refuses what is no finite number."""
@@ -50,7 +63,7 @@ class Judge(Worker):
             mask = attention([len(sequences[row]) for row in rows], tokens.shape[1])
             values = self.scorer(tokens.to(self.device), mask.to(self.device)).tolist()
             for row, value in zip(rows, values, strict=True):
-                scores[row] = value
+                scores[row] = (value - self.mean) / self.std
         return scores
 
     def _micro_batches(self, lengths: list[int]) -> list[list[int]]:
@@ -66,6 +79,17 @@ class Judge(Worker):
         return parts
 
 
+def _statistics(scorer: ScoreModel, path: str) -> tuple[float, float]:
+    """Mean and standard deviation that the reward_model stage left; ValueError when it did not."""
+    config = scorer.model.config.to_dict()
+    if REWARD_MEAN not in config or not config.get(REWARD_STD):
+        raise ValueError(
+            f"roles.reward.normalize: {path} keeps no {REWARD_MEAN} and {REWARD_STD} in its config.json; "
+            "train it with the reward_model stage, or set normalize: false"
+        )
+    return float(config[REWARD_MEAN]), float(config[REWARD_STD])
+
+
 class RewardLearner(Learner):
     """Trains a score on pairs or graded sequences; the objective gets scores [b]."""
 
@@ -79,3 +103,9 @@ class RewardLearner(Learner):
         return self.backend.forward(part.tokens, part.attention_mask)
 
     figures = output
+
+    def keep_statistics(self, mean: float, std: float) -> None:
+        """Mean and standard deviation of its scores, into the config.json that ``export`` writes."""
+        config = self.backend.engine.module.model.config
+        setattr(config, REWARD_MEAN, mean)
+        setattr(config, REWARD_STD, std)

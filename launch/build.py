@@ -15,8 +15,8 @@ from actors.group import (
     ActorGroup,
     LearnerGroup,
     ObjectStore,
-    PairLearnerGroup,
     RewardGroup,
+    RewardLearnerGroup,
     ScorerGroup,
     WorkerGroup,
     spawn,
@@ -75,15 +75,22 @@ class Crew:
         self.cluster.release()
         self.cluster.forget()
 
-    async def sft(self, model: Model, optimizer: Optimizer, *, steps: int, loss: LossFunction) -> ActorGroup:
+    async def policy(
+        self, model: Model, optimizer: Optimizer, *, steps: int, loss: LossFunction
+    ) -> ActorGroup:
+        """The actor's workers in the sft and preference stages."""
         settings = {"model": model, "optimizer": optimizer, "total_steps": steps, "loss": loss}
         return await self.group(Actor, ActorGroup, "actor", **settings)
 
     async def reward_learner(
         self, model: Model, optimizer: Optimizer, *, steps: int, loss: LossFunction
-    ) -> PairLearnerGroup:
+    ) -> RewardLearnerGroup:
         settings = {"model": model, "optimizer": optimizer, "total_steps": steps, "loss": loss}
-        return await self.group(RewardLearner, PairLearnerGroup, "reward", **settings)
+        return await self.group(RewardLearner, RewardLearnerGroup, "reward", **settings)
+
+    async def reference(self, model: Model) -> ScorerGroup:
+        """The frozen policy of the preference stage."""
+        return await self.group(Reference, ScorerGroup, "reference", model=model)
 
     async def rl(self, models: dict[str, str]) -> Roles:
         """All roles at once; ``models`` says where each one's weights are."""
@@ -136,6 +143,7 @@ class Crew:
         return await self.group(
             Judge, partial(RewardGroup, weights=weights), "reward",
             model=model, functions=place.specs(), micro_batch_tokens=place.micro_batch_tokens,
+            normalize=place.normalize,
         )  # fmt: skip
 
 

@@ -176,7 +176,8 @@ def train_help(*, colour: bool) -> str:
         "When run_dir holds a run: --resume goes on from its last checkpoint, --fresh starts over.\n"
     )
     return opening + field_help.render(
-        [*field_help.run_sections(), *field_help.algorithm_sections()], colour=colour
+        [*field_help.run_sections(), *field_help.algorithm_sections(), *field_help.objective_sections()],
+        colour=colour,
     )
 
 

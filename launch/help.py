@@ -79,6 +79,18 @@ def algorithm_sections() -> list[Section]:
     return found
 
 
+def objective_sections() -> list[Section]:
+    """One section per file in orchestrator/objectives/ that a stage chooses by name and that has settings."""
+    found = []
+    for name in plugins.names("orchestrator.objectives"):
+        settings = vars(plugins.find("orchestrator.objectives", name))["CONFIG"]
+        title = f"{settings.stage}.objective.name={name}"
+        leaves = tuple(leaves_of(settings, f"{settings.stage}.objective.", settings()))
+        if leaves:
+            found.append(Section(title=title, text=inspect.getdoc(settings) or "", leaves=leaves))
+    return found
+
+
 def leaves_of(settings: type[Settings], prefix: str, defaults: Settings) -> Iterator[Leaf]:
     """Every leaf under a settings class, with the defaults of the instance that its parent holds."""
     for name, field in settings.model_fields.items():

@@ -4,9 +4,11 @@ Fills in what the task provides, reads every file of every stage, and compares t
 What it returns holds tokens and no paths to data: the stages cannot meet a bad row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -14,13 +16,23 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from actors.reward_function import RewardFunction, find_reward_function
 from launch import tasks
 from orchestrator.batch import Prompt
-from orchestrator.config import RL, Evaluation, Model, RewardModel, Run
-from orchestrator.data import PromptSet, read_examples, read_pairs, read_prompts, same_tokenizer
-from orchestrator.supervised import Row, num_steps
+from orchestrator.config import RL, ChatData, Evaluation, Model, Preference, RewardModel, Run, Sft
+from orchestrator.data import PromptSet, read_prompts, same_tokenizer
+from orchestrator.examples import Unit, mix, pack, read_units
+from orchestrator.objectives._base import Layout
+from orchestrator.supervised import num_steps
 
 DISTRIBUTION_BYTES = 8 * 2**30  # of one role's log-probs over the vocabulary, on the driver
 
-Units = Sequence[Sequence[Row]]  # one row (SFT) or the two rows of a pair, which stay together
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRows:
+    """What a supervised stage trains on and is measured on."""
+
+    train: Sequence[Unit]
+    heldout: Sequence[Unit]  # empty: nothing is measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +42,9 @@ class Materials:
     run: Run
     tokenizer: PreTrainedTokenizerBase
     pad_id: int
-    sft: Units | None
-    pairs: Units | None
-    heldout_pairs: Units | None
+    sft: StageRows | None
+    reward_model: StageRows | None
+    preference: StageRows | None
     prompts: PromptSet | None
     heldout_prompts: Sequence[Prompt] | None
     judge: RewardFunction | None
@@ -51,24 +63,46 @@ def prepare(run: Run, folder: Path) -> Materials:
         _check_distributions(run.rl, run.model)
     for spec in run.roles.reward.specs().values():
         find_reward_function(spec)
-    pairs, heldout = _pairs(run.reward_model, run.model, tokenizer) if run.reward_model else (None, None)
-    sft = None
-    if run.sft:
-        rows = read_examples(run.sft.data, tokenizer, max_length=run.model.max_length, field="sft.data")
-        sft = [[row] for row in rows]
-        num_steps(len(sft), run.sft.batch_size, run.sft.epochs)
     evaluation = run.rl.evaluation if run.rl else None
+    files = Files()
+    sft = files.read(lambda: _sft_rows(run.sft, run, tokenizer)) if run.sft else None
+    reward_model = (
+        files.read(lambda: _stage_rows(run.reward_model, run, tokenizer)) if run.reward_model else None
+    )
+    preference = files.read(lambda: _stage_rows(run.preference, run, tokenizer)) if run.preference else None
+    prompts = files.read(lambda: _prompts(run.rl, run.model, tokenizer)) if run.rl else None
+    heldout = files.read(lambda: _heldout(evaluation, run, tokenizer)) if evaluation else None
+    files.raise_all()
     return Materials(
         run=run,
         tokenizer=tokenizer,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         sft=sft,
-        pairs=pairs,
-        heldout_pairs=heldout,
-        prompts=_prompts(run.rl, run.model, tokenizer) if run.rl else None,
-        heldout_prompts=_heldout(evaluation, run, tokenizer) if evaluation else None,
+        reward_model=reward_model,
+        preference=preference,
+        prompts=prompts,
+        heldout_prompts=heldout,
         judge=find_reward_function(evaluation.function) if evaluation else None,
     )
+
+
+class Files:
+    """Reads the files of all stages, so that the bad rows of all of them are in one error."""
+
+    def __init__(self) -> None:
+        self._complaints: list[str] = []
+
+    def read(self, reader: Callable[[], T]) -> T | None:
+        try:
+            return reader()
+        except ValueError as error:
+            self._complaints.append(str(error))
+            return None
+
+    def raise_all(self) -> None:
+        """ValueError with the complaints about every file, if there are any."""
+        if self._complaints:
+            raise ValueError("\n".join(self._complaints))
 
 
 def with_task(run: Run, folder: Path) -> Run:
@@ -142,25 +176,65 @@ def _config(model: Model) -> PretrainedConfig:
     return whole.get_text_config()
 
 
-def _pairs(stage: RewardModel, model: Model, tokenizer: PreTrainedTokenizerBase) -> tuple[Units, Units]:
-    pairs = read_pairs(stage.data, tokenizer, max_length=model.max_length, field="reward_model.data")
+def _sft_rows(stage: Sft | None, run: Run, tokenizer: PreTrainedTokenizerBase) -> StageRows:
+    assert stage is not None
+    files, found = Files(), []
+    for index, data in enumerate((stage.data, *stage.mixture)):
+        field = "sft.data" if index == 0 else f"sft.mixture.{index - 1}"
+        found.append(files.read(partial(_units, data, "examples", run, tokenizer, field)))
+    files.raise_all()
+    sets = [units for units in found if units is not None]
+    held = [_held_out(units, stage.heldout_fraction) for units in sets]
+    trained = [units[: len(units) - len(out)] for units, out in zip(sets, held, strict=True)]
+    ratios = [data.ratio for data in (stage.data, *stage.mixture)]
+    known = [ratio if ratio is not None else len(units) for ratio, units in zip(ratios, trained, strict=True)]
+    train = mix(trained, known, seed=run.seed) if stage.mixture else trained[0]
+    heldout = [unit for units in held for unit in units]
+    if stage.packing:
+        train = pack(train, max_length=run.model.max_length, seed=run.seed)
+        heldout = pack(heldout, max_length=run.model.max_length, seed=run.seed)
+    num_steps(len(train), stage.batch_size, stage.epochs)
+    return StageRows(train=train, heldout=heldout)
+
+
+def _stage_rows(
+    stage: RewardModel | Preference | None, run: Run, tokenizer: PreTrainedTokenizerBase
+) -> StageRows:
+    assert stage is not None
+    layout, files = stage.objective.layout, Files()
+    name = stage.objective.stage
+    train = files.read(lambda: _units(stage.data, layout, run, tokenizer, f"{name}.data"))
+    heldout: list[Unit] | None = None
     if stage.heldout is not None:
-        heldout = read_pairs(
-            stage.heldout, tokenizer, max_length=model.max_length, field="reward_model.heldout"
-        )
-    else:
-        count = max(1, round(len(pairs) * stage.heldout_fraction))
-        pairs, heldout = pairs[:-count], pairs[-count:]
-    num_steps(len(pairs), stage.batch_size, stage.epochs)
-    return pairs, heldout
+        data = stage.heldout
+        heldout = files.read(lambda: _units(data, layout, run, tokenizer, f"{name}.heldout"))
+    files.raise_all()
+    assert train is not None
+    if heldout is None:
+        heldout = _held_out(train, stage.heldout_fraction)
+        train = train[: len(train) - len(heldout)]
+    num_steps(len(train), stage.batch_size, stage.epochs)
+    return StageRows(train=train, heldout=heldout)
 
 
-def _prompts(rl: RL, model: Model, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+def _units(
+    data: ChatData, layout: Layout, run: Run, tokenizer: PreTrainedTokenizerBase, field: str
+) -> list[Unit]:
+    return read_units(data, tokenizer, layout=layout, max_length=run.model.max_length, field=field)
+
+
+def _held_out(units: list[Unit], fraction: float) -> list[Unit]:
+    """The last of the rows: at least one when the fraction is above 0."""
+    return units[len(units) - max(1, round(len(units) * fraction)) :] if fraction else []
+
+
+def _prompts(rl: RL | None, model: Model, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    assert rl is not None
     room = model.max_length - rl.sampling.max_new_tokens
     return read_prompts(rl.prompts, tokenizer, room=room, field="rl.prompts")
 
 
-def _heldout(evaluation: Evaluation, run: Run, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:
-    assert run.rl is not None
+def _heldout(evaluation: Evaluation | None, run: Run, tokenizer: PreTrainedTokenizerBase) -> Sequence[Prompt]:
+    assert run.rl is not None and evaluation is not None
     room = run.model.max_length - run.rl.sampling.max_new_tokens
     return read_prompts(evaluation.prompts, tokenizer, room=room, field="rl.evaluation.prompts").prompts

@@ -1,81 +1,168 @@
-"""The sft and reward_model stages: start the workers, fit, export, end them."""
+"""The supervised stages: start the workers, fit, measure on held-out rows, export, end the workers."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from actors.group import PairLearnerGroup
+import torch
+
+from actors.group import LearnerGroup, RewardLearnerGroup
 from launch.build import Crew
-from launch.prepare import Units
+from launch.prepare import StageRows
 from launch.run_folder import StageResult
 from launch.session import Session
 from orchestrator import metrics as names
 from orchestrator.batch import Examples
 from orchestrator.collate import collate_examples
-from orchestrator.config import Model
+from orchestrator.config import Model, Preference
+from orchestrator.examples import Unit
+from orchestrator.heldout import heldout_figures
 from orchestrator.metrics import throughput
-from orchestrator.objectives import reward_model, sft
+from orchestrator.objectives import sft
+from orchestrator.objectives._base import Objective
 from orchestrator.roles import Metrics
-from orchestrator.supervised import fit, num_steps
-
-HELDOUT_BATCH = 64  # pairs per forward call of the held-out evaluation
+from orchestrator.supervised import (
+    SCORED_AT_ONCE,
+    KnownReference,
+    LiveReference,
+    ReferenceScores,
+    fit,
+    num_steps,
+)
 
 
 async def run_sft(session: Session, base: str) -> StageResult:
     """Fine-tunes the base model on the actor's workers."""
-    stage, units = session.run.sft, session.materials.sft
-    assert stage is not None and units is not None
-    steps = num_steps(len(units), stage.batch_size, stage.epochs)
-    session.progress.header(f"sft: {len(units)} rows, {steps} steps")
+    stage, rows = session.run.sft, session.materials.sft
+    assert stage is not None and rows is not None
+    steps, objective = num_steps(len(rows.train), stage.batch_size, stage.epochs), sft.CONFIG()
+    session.progress.header(f"sft: {len(rows.train)} rows, {steps} steps")
     crew = Crew(session.run, session.cluster, ["actor"])
     try:
-        learner = await crew.sft(_model(session, base), stage.optimizer, steps=steps, loss=sft.loss)
-        log = _logger(session, "sft", steps)
-        await fit(
-            learner, units, weights=sft.weights, batch_size=stage.batch_size, steps=steps,
-            seed=session.run.seed, pad_id=session.materials.pad_id, log=log,
-        )  # fmt: skip
-        folder = session.folder.path / "sft" / "model"
-        await learner.export(folder)
+        learner = await crew.policy(_model(session, base), stage.optimizer, steps=steps, loss=objective.loss)
+        await _fit(
+            session, learner, rows, objective, batch_size=stage.batch_size, steps=steps, packed=stage.packing
+        )
+        figures = await _measure(session, learner, rows, objective, steps, packed=stage.packing)
+        return {"model": await _export(session, learner, "sft"), **figures}
     finally:
         await crew.close()
-    return {"model": str(folder)}
 
 
 async def run_reward_model(session: Session, base: str) -> StageResult:
-    """Trains the reward model on the reward role's workers and measures it on held-out pairs."""
-    stage, units, heldout = session.run.reward_model, session.materials.pairs, session.materials.heldout_pairs
-    assert stage is not None and units is not None and heldout is not None
-    steps = num_steps(len(units), stage.batch_size, stage.epochs)
-    session.progress.header(f"reward_model: {len(units)} pairs, {steps} steps")
+    """Trains the reward model on the reward role's workers and measures it on held-out rows."""
+    stage, rows = session.run.reward_model, session.materials.reward_model
+    assert stage is not None and rows is not None
+    steps, objective = num_steps(len(rows.train), stage.batch_size, stage.epochs), stage.objective
+    session.progress.header(f"reward_model: {objective.name}, {len(rows.train)} rows, {steps} steps")
     crew = Crew(session.run, session.cluster, ["reward"])
     try:
         learner = await crew.reward_learner(
-            _model(session, base), stage.optimizer, steps=steps, loss=reward_model.loss
+            _model(session, base), stage.optimizer, steps=steps, loss=objective.loss
         )
-        log = _logger(session, "reward_model", steps)
-        await fit(
-            learner, units, weights=reward_model.weights, batch_size=stage.batch_size, steps=steps,
-            seed=session.run.seed, pad_id=session.materials.pad_id, log=log,
-        )  # fmt: skip
-        accuracy = await pair_accuracy(learner, heldout, session.materials.pad_id)
-        folder = session.folder.path / "reward_model" / "model"
-        await learner.export(folder)
+        await _fit(session, learner, rows, objective, batch_size=stage.batch_size, steps=steps)
+        figures = await _measure(session, learner, rows, objective, steps)
+        await _keep_statistics(learner, rows.heldout or rows.train, session.materials.pad_id)
+        return {"model": await _export(session, learner, "reward_model"), **figures}
     finally:
         await crew.close()
-    session.progress.note(f"held-out accuracy of the reward model {accuracy:.3f} on {len(heldout)} pairs")
-    session.tracker.log("reward_model", steps, {"heldout_accuracy": accuracy})
-    return {"model": str(folder), "heldout_accuracy": accuracy}
 
 
-async def pair_accuracy(learner: PairLearnerGroup, pairs: Units, pad_id: int) -> float:
-    """The share of pairs whose chosen response scores higher; a tie is half."""
-    right = 0.0
-    for start in range(0, len(pairs), HELDOUT_BATCH):
-        rows = [row for pair in pairs[start : start + HELDOUT_BATCH] for row in pair]
-        scores = await learner.score_examples(collate_examples(rows, pad_id=pad_id))
-        margin = scores[0::2] - scores[1::2]
-        right += float((margin > 0).sum()) + float((margin == 0).sum()) / 2
-    return right / len(pairs)
+async def run_preference(session: Session, base: str) -> StageResult:
+    """Preference learning on the actor's workers, beside a reference where the objective reads one."""
+    stage, rows = session.run.preference, session.materials.preference
+    assert stage is not None and rows is not None
+    steps, objective = num_steps(len(rows.train), stage.batch_size, stage.epochs), stage.objective
+    session.progress.header(f"preference: {objective.name}, {len(rows.train)} rows, {steps} steps")
+    live = objective.needs_reference and not stage.precompute_reference
+    known = await _precomputed(session, base, stage, rows)
+    crew = Crew(session.run, session.cluster, ["actor", "reference"] if live else ["actor"])
+    try:
+        model = _model(session, base)
+        learner = await crew.policy(model, stage.optimizer, steps=steps, loss=objective.loss)
+        train, heldout = known
+        if live:
+            train = heldout = LiveReference(await crew.reference(model))
+        await _fit(
+            session, learner, rows, objective, batch_size=stage.batch_size, steps=steps, reference=train
+        )
+        figures = await _measure(session, learner, rows, objective, steps, reference=heldout)
+        return {"model": await _export(session, learner, "preference"), **figures}
+    finally:
+        await crew.close()
+
+
+async def _precomputed(
+    session: Session, base: str, stage: Preference, rows: StageRows
+) -> tuple[ReferenceScores | None, ReferenceScores | None]:
+    """What the reference says of training and held-out rows; its workers end before training starts."""
+    if not (stage.objective.needs_reference and stage.precompute_reference):
+        return None, None
+    crew, pad_id = Crew(session.run, session.cluster, ["reference"]), session.materials.pad_id
+    try:
+        scorer = await crew.reference(_model(session, base))
+        return (
+            await KnownReference.ask(scorer, rows.train, pad_id=pad_id),
+            await KnownReference.ask(scorer, rows.heldout, pad_id=pad_id),
+        )
+    finally:
+        await crew.close()
+
+
+async def _fit(  # noqa: PLR0913 - a stage, by name
+    session: Session,
+    learner: LearnerGroup,
+    rows: StageRows,
+    objective: Objective,
+    *,
+    batch_size: int,
+    steps: int,
+    packed: bool = False,
+    reference: ReferenceScores | None = None,
+) -> None:
+    await fit(
+        learner, rows.train, objective=objective, reference=reference, packed=packed, batch_size=batch_size,
+        steps=steps, seed=session.run.seed, pad_id=session.materials.pad_id,
+        log=_logger(session, objective.stage, steps),
+    )  # fmt: skip
+
+
+async def _measure(  # noqa: PLR0913 - a stage, by name
+    session: Session,
+    learner: LearnerGroup,
+    rows: StageRows,
+    objective: Objective,
+    steps: int,
+    *,
+    packed: bool = False,
+    reference: ReferenceScores | None = None,
+) -> dict[str, float]:
+    """The held-out figures, logged; empty without held-out rows."""
+    if not rows.heldout:
+        return {}
+    figures = await heldout_figures(
+        learner, rows.heldout, objective, pad_id=session.materials.pad_id, packed=packed, reference=reference
+    )
+    shown = "  ".join(f"{name.removeprefix('heldout_')} {figure:.3f}" for name, figure in figures.items())
+    session.progress.note(f"{objective.stage}, {len(rows.heldout)} held-out rows: {shown}")
+    session.tracker.log(objective.stage, steps, figures)
+    return figures
+
+
+async def _keep_statistics(learner: RewardLearnerGroup, units: Sequence[Unit], pad_id: int) -> None:
+    """Mean and standard deviation of the scores of rows that were not trained on, where there are some."""
+    scores = torch.cat(
+        [
+            await learner.score(collate_examples(units[start : start + SCORED_AT_ONCE], pad_id=pad_id))
+            for start in range(0, len(units), SCORED_AT_ONCE)
+        ]
+    ).double()
+    await learner.keep_statistics(float(scores.mean()), float(scores.std(correction=0)))
+
+
+async def _export(session: Session, learner: LearnerGroup, stage: str) -> str:
+    folder = session.folder.path / stage / "model"
+    await learner.export(folder)
+    return str(folder)
 
 
 def _model(session: Session, path: str) -> Model:

@@ -1,6 +1,6 @@
 """``quartet train``: the stages of a run in their order, each starting from what the last one made.
 
-    prepare (all that can be wrong) -> Ray -> sft -> reward_model -> rl -> the model folder
+    prepare (all that can be wrong) -> Ray -> sft -> reward_model -> preference -> rl -> the model folder
 
 A stage that has finished is written down in stages.json; ``--resume`` goes on after it, and into the rl stage
 again when ``rl.steps`` was raised.
@@ -17,7 +17,7 @@ from launch.progress import Progress
 from launch.rl_stage import run_rl
 from launch.run_folder import RunFolder, StageResult
 from launch.session import Session
-from launch.supervised_stage import run_reward_model, run_sft
+from launch.supervised_stage import run_preference, run_reward_model, run_sft
 from launch.tracking import open_tracker
 from orchestrator.config import Run
 
@@ -68,6 +68,10 @@ async def stages(session: Session) -> dict[str, StageResult]:
             start = run.reward_model.model or base
             session.folder.finish("reward_model", await run_reward_model(session, start))
         reward_model = reward_model or str(session.folder.finished()["reward_model"]["model"])
+    if run.preference:
+        if "preference" not in done:
+            session.folder.finish("preference", await run_preference(session, base))
+        base = str(session.folder.finished()["preference"]["model"])
     if run.rl and int(done.get("rl", {}).get("steps", 0)) < run.rl.steps:
         session.folder.finish("rl", await run_rl(session, rl_models(run, base, reward_model)))
     return session.folder.finished()

@@ -122,11 +122,22 @@ class Experience(_Columns):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples(_Columns):
-    """Supervised sequences. Preference pairs lie side by side: row 2i is chosen, row 2i+1 rejected."""
+    """Supervised sequences. Rows that one loss compares lie side by side and share a number in ``groups``:
+    of a preference pair, row 2i is chosen and row 2i+1 rejected.
+
+    Example, two documents of 2 and 3 tokens packed into one row: positions [[0, 1, 0, 1, 2]].
+    """
 
     tokens: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] bool
     action_mask: Tensor  # [B, T] bool: tokens the model is trained to say; in pairs, the response
+    positions: Tensor | None = None  # [B, T] int64, from 0 in every packed document; None: a document a row
+    groups: Tensor | None = None  # [B] int64, ascending: rows that stay together; None: each stands alone
+    targets: Tensor | None = (
+        None  # [B] what the data say of a row: margin, rating, 1 good / 0 bad; or nothing
+    )
+    ref_logprobs: Tensor | None = None  # [B] of the response under the reference; None: no reference
+    kl: float = 0.0  # of the policy from the reference over the whole minibatch (KTO)
 
 
 Records = Batch | Experience | Examples

@@ -71,6 +71,42 @@ class Encoder:
         """Tokens of a response, EOS at the end."""
         return (*self._encode(text), self.tokenizer.eos_token_id)
 
+    def text(self, text: str) -> tuple[int, ...]:
+        """Tokens of a document: BOS where the tokenizer has it, EOS at the end."""
+        return (*self.bos, *self._encode(text), self.tokenizer.eos_token_id)
+
+    def chat(self, messages: list[Message]) -> list[tuple[tuple[int, ...], bool]]:
+        """A whole chat as (tokens, trained) pieces: every assistant turn is trained, EOS included.
+
+        Between two turns the template's own text stands. Where it ends a turn with the EOS token, that token
+        is the trained one; where it ends turns otherwise, EOS is trained at the end of the chat only, because
+        nothing else of the kind stands in the prompts that the engine will see.
+        """
+        pieces: list[tuple[tuple[int, ...], bool]] = []
+        eos, eos_text = (self.tokenizer.eos_token_id,), str(self.tokenizer.eos_token)
+        said = ""  # the chat so far, as the template writes it
+        for turn in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
+            before = self._render(messages[:turn])
+            if not before.startswith(said):
+                raise BadRowError(
+                    "the chat template rewrites earlier turns (it may drop thoughts); give one turn a row, "
+                    "as prompt and response"
+                )
+            between = before[len(said) :]
+            if pieces and between.startswith(eos_text):
+                pieces.append((eos, True))
+                between = between.removeprefix(eos_text)
+            start = self._encode(between)
+            if not pieces and self.bos and start[:1] != self.bos:
+                start = self.bos + start
+            content = messages[turn]["content"]
+            after = self._render(messages[: turn + 2]) if turn + 2 < len(messages) else before + content
+            if not after.startswith(before + content):
+                content = content.strip()  # many templates trim
+            said = before + content
+            pieces += [(start, False), (self._encode(content), True)]
+        return [*pieces, (eos, True)]
+
     def _encode(self, text: Any) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 

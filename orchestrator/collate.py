@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.batch import Batch, Examples, Experience, ScoredRollout, StopReason
+from orchestrator.examples import Unit
 
 R = TypeVar("R", Batch, Experience, Examples)
 
@@ -39,14 +40,29 @@ def collate_scores(scored: Sequence[ScoredRollout]) -> dict[str, Tensor]:
     }
 
 
-def collate_examples(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, pad_id: int) -> Examples:
-    """Stacks (tokens, action_mask) rows."""
+def collate_examples(units: Sequence[Unit], *, pad_id: int) -> Examples:
+    """Stacks the rows of the units in the order given; ``groups`` number the units."""
+    rows = [row for unit in units for row in unit.rows]
     tokens = pad([row for row, _ in rows], pad_id, torch.int64)
+    targets = [target for unit in units for target in unit.targets or ()]
     return Examples(
         tokens=tokens,
         attention_mask=attention([len(row) for row, _ in rows], tokens.shape[1]),
         action_mask=pad([mask for _, mask in rows], False, torch.bool),
+        groups=torch.tensor([number for number, unit in enumerate(units) for _ in unit.rows]),
+        targets=torch.tensor(targets, dtype=torch.float32) if targets else None,
     )
+
+
+def collate_packed(units: Sequence[Unit], *, pad_id: int) -> Examples:
+    """Each unit's rows one after the other in one sequence; a padding token is a document of its own."""
+    flat = [
+        ([t for row, _ in unit.rows for t in row], [m for _, mask in unit.rows for m in mask])
+        for unit in units
+    ]
+    examples = collate_examples([Unit(rows=((tuple(t), tuple(m)),)) for t, m in flat], pad_id=pad_id)
+    positions = [[i for row, _ in unit.rows for i in range(len(row))] for unit in units]
+    return replace(examples, positions=pad(positions, 0, torch.int64))
 
 
 def pad(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:

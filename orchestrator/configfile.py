@@ -14,10 +14,12 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from orchestrator import plugins
 from orchestrator.config import Run, algorithm
 from orchestrator.plugins import nearest
 
 ALGORITHM = ("rl", "algorithm")  # whose fields depend on the name among them
+DEFAULT_OBJECTIVES = {"reward_model": "bradley_terry", "preference": "dpo"}
 
 
 def load_run(files: Sequence[Path], overrides: Sequence[str]) -> Run:
@@ -102,6 +104,9 @@ def known_fields(path: Sequence[str], tree: dict[str, Any]) -> list[str]:
     """The field names of the settings class that a path leads to."""
     if tuple(path) == ALGORITHM:
         return sorted(type(algorithm({"name": tree["rl"]["algorithm"].get("name", "ppo")})).model_fields)
+    if path[1:] == ["objective"]:  # likewise
+        name = tree[path[0]]["objective"].get("name", DEFAULT_OBJECTIVES[path[0]])
+        return sorted(plugins.find("orchestrator.objectives", name).CONFIG.model_fields)
     settings: type[BaseModel] = Run
     parts = iter(path)
     for part in parts:
@@ -132,4 +137,7 @@ def run_as_yaml(run: Run) -> str:
     tree = run.model_dump(mode="json")
     if run.rl is not None:
         tree["rl"]["algorithm"] = {"name": run.rl.algorithm.name, **tree["rl"]["algorithm"]}
+    for name in ("reward_model", "preference"):
+        if (stage := getattr(run, name)) is not None:
+            tree[name]["objective"] = {"name": stage.objective.name, **tree[name]["objective"]}
     return yaml.safe_dump(tree, sort_keys=False)

@@ -1,12 +1,9 @@
-"""Prompts, supervised rows and preference pairs, tokenised and checked before any model is loaded.
+"""Prompts, tokenised and checked before any model is loaded; the sieve that every file goes through.
 
 Every bad row of a file is reported in one error, with its number and the remedy. What these functions return
 is good: no later stage meets an empty prompt, a prompt without room for an answer, or an over-long row.
 
-    {"prompt": "2+3=", "response": "5"}   one token a character, EOS 9, no BOS
-    read_prompts   Prompt(tokens=(2, 10, 3, 11), text="2+3=", ...)
-    read_examples  ((2, 10, 3, 11, 5, 9), (False, False, False, False, True, True)), EOS trained (BUGS A7)
-    read_pairs     [chosen row, rejected row]
+    {"prompt": "2+3="}, one token a character    Prompt(tokens=(2, 10, 3, 11), text="2+3=", ...)
 """
 
 import hashlib
@@ -14,20 +11,19 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.batch import Prompt
-from orchestrator.chats import LAST_ASSISTANT, BadRowError, Encoder, Message, clean, to_message, to_messages
+from orchestrator.chats import BadRowError, Encoder, Message, clean, to_messages
 from orchestrator.config import ChatData, PromptData
 from orchestrator.tables import Complaints, Row, Unreadable, read_rows, require_columns
 
-Example = tuple[tuple[int, ...], tuple[bool, ...]]  # tokens, action_mask
 PromptValue = str | list[Message]
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_REMEDY = "shorten it, raise model.max_length, or set too_long: drop"
+TOO_LONG_REMEDY = "shorten it, raise model.max_length, or set too_long: drop"
 PROBES = ("Hello, world!  2+3=5\n", "<s>naïve</s> 你好 🙂\t", "    def f(x):\n        return x\n")
 
 
@@ -52,52 +48,25 @@ def read_prompts(data: PromptData, tokenizer: Any, *, room: int, field: str) -> 
     encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field)
 
     def read(row: dict[str, Any], number: int) -> Prompt:
-        text, tokens = encoder.prompt(_prompt_value(row.get(data.prompt_key), data.prompt_key))
+        text, tokens = encoder.prompt(prompt_value(row.get(data.prompt_key), data.prompt_key))
         if len(tokens) > room:
-            raise TooLongError(f"the prompt has {len(tokens)} tokens, room is {room}; {_REMEDY}")
+            raise TooLongError(f"the prompt has {len(tokens)} tokens, room is {room}; {TOO_LONG_REMEDY}")
         label = _label(row.get(data.label_key), data.label_key) if data.label_key else None
         return Prompt(uid=f"0/{number}", row=number, tokens=tokens, text=text, label=label)
 
-    prompts = _convert(
-        rows, read, too_long=data.too_long, complaints=Complaints(f"{field}.path={data.path!r}")
-    )
+    prompts = sieve(rows, read, data=data, field=field)
     return PromptSet(prompts=tuple(prompts), num_dropped=len(rows) - len(prompts))
 
 
-def read_examples(data: ChatData, tokenizer: Any, *, max_length: int, field: str) -> list[Example]:
-    """Rows of the SFT stage: prompt, response, EOS. ValueError lists every bad row."""
-    rows = read_rows(data.path, split=data.split, max_rows=data.max_rows, field=field)
-    require_columns(rows, _keys(data), field)
-    encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field)
-
-    def read(row: dict[str, Any], number: int) -> Example:
-        prompt, (response,) = _conversation(row, data, (data.response_key,))
-        return _example(encoder, prompt, clean(response, "the response"), max_length)
-
-    return _convert(rows, read, too_long=data.too_long, complaints=Complaints(f"{field}.path={data.path!r}"))
-
-
-def read_pairs(data: ChatData, tokenizer: Any, *, max_length: int, field: str) -> list[list[Example]]:
-    """[chosen, rejected] of every row; silence is a response (hh-rlhf). ValueError lists every bad row."""
-    rows = read_rows(data.path, split=data.split, max_rows=data.max_rows, field=field)
-    require_columns(rows, {**_keys(data), "rejected_key": data.rejected_key}, field)
-    encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field)
-
-    def read(row: dict[str, Any], number: int) -> list[Example]:
-        prompt, responses = _conversation(row, data, (data.response_key, data.rejected_key))
-        return [_example(encoder, prompt, response, max_length) for response in responses]
-
-    return _convert(rows, read, too_long=data.too_long, complaints=Complaints(f"{field}.path={data.path!r}"))
-
-
-def _convert(
+def sieve(
     rows: Sequence[Row],
     read: Callable[[dict[str, Any], int], T],
     *,
-    too_long: Literal["error", "drop"],
-    complaints: Complaints,
+    data: PromptData | ChatData,
+    field: str,
 ) -> list[T]:
-    """Every row through ``read``; raises ValueError for the bad ones together, and when nothing is left."""
+    """Every row through ``read``; ValueError for more than ``max_bad_rows`` bad ones, or none left."""
+    complaints = Complaints(f"{field}.path={data.path!r}", data.max_bad_rows)
     kept: list[T] = []
     dropped: list[int] = []
     for number, row in enumerate(rows):
@@ -106,7 +75,7 @@ def _convert(
                 raise BadRowError(row.reason)
             kept.append(read(row, number))
         except TooLongError as error:
-            if too_long == "drop":
+            if data.too_long == "drop":
                 dropped.append(number)
             else:
                 complaints.add(number, str(error))
@@ -121,28 +90,7 @@ def _convert(
     return kept
 
 
-def _example(encoder: Encoder, prompt: PromptValue, response: str, max_length: int) -> Example:
-    start, end = encoder.prompt(prompt)[1], encoder.response(response)
-    if len(start) + len(end) > max_length:
-        found = f"the row has {len(start)} + {len(end)} tokens, model.max_length is {max_length}"
-        raise TooLongError(f"{found}; {_REMEDY}")
-    return start + end, (False,) * len(start) + (True,) * len(end)
-
-
-def _conversation(row: dict[str, Any], data: ChatData, keys: Sequence[str]) -> tuple[PromptValue, list[str]]:
-    """The prompt, and the response of each key. With ``prompt_key`` "" the columns hold whole dialogues."""
-    if not data.prompt_key:
-        return _shared_prefix([row.get(key) for key in keys], keys)
-    prompt = _prompt_value(row.get(data.prompt_key), data.prompt_key)
-    extra = row.get(data.input_key) if data.input_key else None
-    if extra:
-        if not isinstance(prompt, str):
-            raise BadRowError(f"{data.input_key} cannot be appended to messages; leave input_key out")
-        prompt = f"{prompt}\n{clean(extra, str(data.input_key))}"
-    return prompt, [_response(row.get(key), prompt, key) for key in keys]
-
-
-def _prompt_value(value: object, key: str) -> PromptValue:
+def prompt_value(value: object, key: str) -> PromptValue:
     """A text, or messages that end where the assistant is to speak."""
     if not isinstance(value, list):
         return clean(value, key)
@@ -150,44 +98,6 @@ def _prompt_value(value: object, key: str) -> PromptValue:
     if messages[-1]["role"] == "assistant":
         raise BadRowError(f"{key} ends with the assistant, so nothing is to answer; end it with the user")
     return messages
-
-
-def _response(value: object, prompt: PromptValue, key: str) -> str:
-    """A text, one assistant message, or a list: that message alone, or the prompt's messages and then it."""
-    if not isinstance(value, (list, dict)):
-        return clean(value, key, empty=True)
-    messages = [to_message(m, key) for m in (value if isinstance(value, list) else [value])]
-    before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if not messages or messages[-1]["role"] != "assistant":
-        raise BadRowError(f"{key} does not end with the assistant; give it the assistant's message")
-    if messages[:-1] not in ([], before):
-        raise BadRowError(f"{key} starts unlike the prompt; give it only the assistant's message")
-    return messages[-1]["content"]
-
-
-def _shared_prefix(values: Sequence[object], keys: Sequence[str]) -> tuple[PromptValue, list[str]]:
-    """Whole dialogues: what they share up to the assistant's last common turn is the prompt."""
-    first = values[0]
-    if isinstance(first, list):
-        prompt = _prompt_value(to_messages(first, keys[0])[:-1], keys[0])
-        return prompt, [_response(value, prompt, key) for value, key in zip(values, keys, strict=True)]
-    texts = [clean(value, key) for value, key in zip(values, keys, strict=True)]
-    shared = next((i for i, chars in enumerate(zip(*texts, strict=False)) if len(set(chars)) > 1), None)
-    start = texts[0][: min(map(len, texts)) if shared is None else shared].rfind(LAST_ASSISTANT)
-    if start < 0:
-        raise BadRowError(
-            f"{' and '.join(keys)}: no shared prompt ends with {LAST_ASSISTANT!r}; set prompt_key"
-        )
-    start += len(LAST_ASSISTANT)
-    return texts[0][:start], [text[start:] for text in texts]
-
-
-def _keys(data: ChatData) -> dict[str, str]:
-    return {
-        "prompt_key": data.prompt_key,
-        "response_key": data.response_key,
-        "input_key": data.input_key or "",
-    }
 
 
 def _label(value: object, key: str) -> str:

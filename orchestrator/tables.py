@@ -9,6 +9,7 @@ import gzip
 import importlib
 import importlib.util
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.plugins import nearest
+
+log = logging.getLogger(__name__)
 
 NUM_SHOWN = 20  # bad rows listed one by one; the rest is a count
 MAX_CSV_CELL = 2**30  # Python's own limit of 128 KiB is less than one long dialogue
@@ -36,6 +39,7 @@ class Complaints:
     """Bad rows of one table, collected; ``raise_all`` reports them together."""
 
     where: str  # "rl.prompts.path='gsm8k.jsonl'"
+    max_bad_rows: int = 0  # so many are left out with a warning
     lines: list[str] = field(default_factory=list)
 
     def add(self, row: int, reason: str) -> None:
@@ -43,14 +47,17 @@ class Complaints:
         self.lines.append(f"  row {row}: {reason}")
 
     def raise_all(self) -> None:
-        """ValueError with the first rows and a count of the others; nothing when there are none."""
+        """ValueError with the first rows and a count of the others; a warning when so many are allowed."""
         if self.lines:
             hidden = len(self.lines) - NUM_SHOWN
             more = [f"  ... and {hidden} more"] if hidden > 0 else []
             plural = "s" if len(self.lines) > 1 else ""
-            head = (
-                f"{self.where}: {len(self.lines)} bad row{plural} (numbered from 0); correct or remove them"
-            )
+            found = f"{self.where}: {len(self.lines)} bad row{plural} (numbered from 0)"
+            if len(self.lines) <= self.max_bad_rows:
+                log.warning("%s", "\n".join([f"{found}; left out", *self.lines[:NUM_SHOWN], *more]))
+                return
+            allowed = f" (max_bad_rows={self.max_bad_rows})" if self.max_bad_rows else ""
+            head = f"{found}; correct or remove them{allowed}"
             raise ValueError("\n".join([head, *self.lines[:NUM_SHOWN], *more]))
 
 

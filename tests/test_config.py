@@ -152,7 +152,7 @@ def test_every_complaint_is_listed_at_once():
         ),
         (["roles.reward.function=null"], "nothing gives rewards: set roles.reward.model,"),
         (["rl.algorithm.name=grpo", "rl.samples_per_prompt=1"], "rl.samples_per_prompt=1: "),
-        (["rl=null"], "no stage: give at least one of sft, reward_model, rl"),
+        (["rl=null"], "no stage: give at least one of sft, reward_model, preference, rl"),
         (["model.path="], "model.path"),
     ],
 )

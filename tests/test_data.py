@@ -11,7 +11,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from orchestrator.config import ChatData, PromptData
-from orchestrator.data import fingerprint, read_examples, read_pairs, read_prompts, same_tokenizer
+from orchestrator.data import fingerprint, read_prompts, same_tokenizer
+from orchestrator.examples import read_units
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 BOS, EOS = 1, 2
@@ -55,12 +56,16 @@ def prompts(path: str, *, room: int = 100, tokenizer=None, **settings):
 
 def rows_of(path: str, *, max_length: int = 1000, tokenizer=None, **settings):
     data = ChatData(path=path, **settings)
-    return read_examples(data, tokenizer or char_tokenizer(), max_length=max_length, field="sft.data")
+    return [unit.rows[0] for unit in units_of("examples", data, tokenizer, max_length, "sft.data")]
 
 
 def pairs_of(path: str, *, max_length: int = 1000, tokenizer=None, **settings):
     data = ChatData(path=path, **settings)
-    return read_pairs(data, tokenizer or char_tokenizer(), max_length=max_length, field="reward_model.data")
+    return [list(unit.rows) for unit in units_of("pairs", data, tokenizer, max_length, "reward_model.data")]
+
+
+def units_of(layout, data, tokenizer=None, max_length=1000, field="x.data"):
+    return read_units(data, tokenizer or char_tokenizer(), layout=layout, max_length=max_length, field=field)
 
 
 class TestTokens:

@@ -72,7 +72,7 @@ def test_every_rank_gets_as_many_micro_batches_and_every_row_is_there_once(num_r
 
 
 def test_pairs_stay_together_and_a_row_over_the_budget_is_refused():
-    shares = plan([4, 5, 9, 1, 2, 2], num_ranks=2, token_budget=18, unit=2)
+    shares = plan([4, 5, 9, 1, 2, 2], num_ranks=2, token_budget=18, units=[0, 0, 1, 1, 2, 2])
     assert sorted(row for share in shares for rows in share for row in rows) == list(range(6))
     for rows in (rows for share in shares for rows in share if rows):
         assert all((row ^ 1) in rows for row in rows)

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from orchestrator.batch import Examples, PolicyOutput
-from orchestrator.objectives import reward_model, sft
+from orchestrator.objectives import bradley_terry
+from orchestrator.objectives import sft as sft_file
+
+sft, reward_model = sft_file.CONFIG(), bradley_terry.CONFIG()
 
 
 def examples(mask: list[list[int]]) -> Examples:

@@ -11,7 +11,8 @@ from actors.rewards import exact_match, letter_fraction
 from launch import tasks
 from launch.tasks import addition
 from orchestrator.config import Task
-from orchestrator.data import read_examples, read_pairs, read_prompts
+from orchestrator.data import read_prompts
+from orchestrator.examples import read_units
 
 TASK = Task(seed=3, num_train=400, num_heldout=50, wrong_fraction=0.25)
 
@@ -73,9 +74,11 @@ def test_quartet_reads_what_the_task_wrote(files):
     model = AutoModelForCausalLM.from_pretrained(files.model)
     prompts = read_prompts(files.prompts, tokenizer, room=6, field="rl.prompts").prompts
     assert all(len(p.tokens) == 6 and p.label == str(total(p.text)) for p in prompts)
-    assert len(read_examples(files.sft, tokenizer, max_length=11, field="sft.data")) == 400
-    pairs = read_pairs(files.heldout_pairs, tokenizer, max_length=11, field="reward_model.heldout")
-    (tokens, mask), _ = pairs[0]
+    assert len(read_units(files.sft, tokenizer, layout="examples", max_length=11, field="sft.data")) == 400
+    pairs = read_units(
+        files.heldout_pairs, tokenizer, layout="pairs", max_length=11, field="reward_model.heldout"
+    )
+    (tokens, mask), _ = pairs[0].rows
     assert tokens[-1] == tokenizer.eos_token_id == model.config.eos_token_id != tokenizer.pad_token_id
     assert tokenizer.decode(tokens[6:], skip_special_tokens=True) == str(total(tokenizer.decode(tokens[:6])))
     assert mask == (False,) * 6 + (True,) * (len(tokens) - 6)

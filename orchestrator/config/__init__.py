@@ -21,7 +21,7 @@ from orchestrator.config.roles import (
     Workers,
 )
 from orchestrator.config.run import Run, Tracking
-from orchestrator.config.stages import RewardModel, Sft
+from orchestrator.config.stages import Preference, RewardModel, Sft
 
 __all__ = [
     "MODEL",
@@ -34,6 +34,7 @@ __all__ = [
     "Model",
     "Optimizer",
     "Placement",
+    "Preference",
     "PromptData",
     "ReferenceRole",
     "RewardFunction",

@@ -56,6 +56,9 @@ class RewardFunction(Settings):
 class RewardRole(Workers):
     model: str | None = None
     """Reward model folder or Hub id; default: what the reward_model stage trained."""
+    normalize: bool = False
+    """Subtract the mean and divide by the standard deviation that the reward_model stage left with the
+    model."""
     function: str | None = None
     """A reward function instead of a model: a file in actors/rewards/, or package.module:name."""
     functions: dict[str, RewardFunction] = Field(default_factory=dict)

@@ -11,7 +11,7 @@ from orchestrator.config.data import Task
 from orchestrator.config.model import Model
 from orchestrator.config.rl import RL
 from orchestrator.config.roles import MODEL, Deadlines, EngineConfig, Placement, RewardRole, RoleTable
-from orchestrator.config.stages import RewardModel, Sft
+from orchestrator.config.stages import Preference, RewardModel, Sft
 from orchestrator.settings import Settings
 
 
@@ -27,8 +27,8 @@ class Tracking(Settings):
 
 
 class Run(Settings):
-    """One run: the stages that are present happen in the order sft, reward_model, rl; each starts from the
-    last."""
+    """One run: the stages that are present happen in the order sft, reward_model, preference, rl; each
+    starts from the last policy."""
 
     name: str = "run"
     """Name of the run."""
@@ -46,6 +46,8 @@ class Run(Settings):
     """Supervised fine-tuning stage."""
     reward_model: RewardModel | None = None
     """Reward model stage."""
+    preference: Preference | None = None
+    """Preference learning stage (DPO and its family)."""
     rl: RL | None = None
     """Reinforcement learning stage."""
     roles: RoleTable = RoleTable()
@@ -61,8 +63,13 @@ class Run(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Run:
-        if not (self.sft or self.reward_model or self.rl):
-            raise ValueError("no stage: give at least one of sft, reward_model, rl")
+        if not (self.sft or self.reward_model or self.preference or self.rl):
+            raise ValueError("no stage: give at least one of sft, reward_model, preference, rl")
+        if self.sft and self.sft.packing and self.model.attention.startswith("flash"):
+            raise ValueError(
+                f"sft.packing needs a mask between documents, which model.attention={self.model.attention!r} "
+                "builds for one row only; use sdpa, eager or flex_attention, or packing: false"
+            )
         if not self.model.path and self.task is None:
             raise ValueError("model.path is empty: give a Hub id or a local folder")
         _check_engine(self.engine)

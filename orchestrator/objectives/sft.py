@@ -9,22 +9,32 @@ train the tokens of short answers harder.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from orchestrator.batch import Examples, Loss, PolicyOutput
-from orchestrator.minibatch import token_weights
+from orchestrator.objectives._base import Layout, Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def loss(output: PolicyOutput, part: Examples) -> Loss:
-    """[b, T] negative log-prob of every trained token, 0 elsewhere, whatever the model says there."""
-    mask = part.action_mask
-    values = -output.logprobs.where(mask, 0.0)
-    return Loss(values=values, metrics={"token_probability": (-values.detach()).exp().where(mask, 0.0)})
+class SFT(Objective):
+    """Negative log-likelihood of the trained tokens."""
+
+    name: ClassVar[str] = "sft"
+    stage: ClassVar[Literal["sft", "reward_model", "preference"]] = "sft"
+    layout: ClassVar[Layout] = "examples"
+
+    def loss(self, output: PolicyOutput, part: Examples) -> Loss:
+        """[b, T] negative log-prob of every trained token, 0 elsewhere, whatever the model says there."""
+        mask = part.action_mask
+        values = -output.logprobs.where(mask, 0.0)
+        return Loss(values=values, metrics={"token_probability": (-values.detach()).exp().where(mask, 0.0)})
+
+    def weights(self, part: Examples) -> Tensor:
+        """[b, T] 1 / (trained tokens of the minibatch) on each of them."""
+        ones = part.action_mask.float()
+        return ones / ones.sum().clamp(min=1)
 
 
-def weights(part: Examples) -> Tensor:
-    """[b, T] 1 / (trained tokens of the minibatch) on each of them."""
-    return token_weights(part.action_mask, "token_mean")
+CONFIG = SFT

@@ -109,8 +109,8 @@ class Crew:
                 temperature=temperature, entropy=rl.algorithm.wants_entropy,
                 distribution=rl.algorithm.wants_distribution, ema_decay=rl.ema_decay,
             ),
-            "engine": self._engines(models["actor"]),
-            "reward": self._reward(models),
+            "engine": self.engines(models["actor"]),
+            "reward": self.reward(models.get("reward")),
         }  # fmt: skip
         if "critic" in rl.algorithm.roles():
             assert table.critic is not None  # config refuses it
@@ -127,7 +127,7 @@ class Crew:
         await connect_weights(self.run, roles.actor, roles.engine)
         return roles
 
-    async def _engines(self, model: str) -> EngineFleet:
+    async def engines(self, model: str) -> EngineFleet:
         engines = spawn_engines(self.run, model, self.layout.seats["engine"], self.groups)
         fleet = EngineFleet(engines, run_seed=self.run.seed)
         self.keep(fleet)
@@ -136,10 +136,10 @@ class Crew:
             self.record(lines)
         return fleet
 
-    async def _reward(self, models: dict[str, str]) -> RewardGroup:
+    async def reward(self, path: str | None) -> RewardGroup:
         place = self.run.roles.reward
-        weights = place.weights(stage=self.run.reward_model is not None)
-        model = self.run.model.model_copy(update={"path": models["reward"]}) if MODEL in weights else None
+        weights = place.weights(stage=path is not None)
+        model = self.run.model.model_copy(update={"path": path}) if MODEL in weights else None
         return await self.group(
             Judge, partial(RewardGroup, weights=weights), "reward",
             model=model, functions=place.specs(), micro_batch_tokens=place.micro_batch_tokens,

@@ -37,6 +37,7 @@ Trains language models from human feedback on Ray, DeepSpeed and vLLM.
 
 verbs
   train RUN... [a.b.c=value ...] [--resume | --fresh]   train; RUN is a YAML file or a preset
+  evaluate RUN... [a.b.c=value ...]                     measure a checkpoint: loss, reward, pass@k, win rate
   config RUN... [a.b.c=value ...]                       print the run with every default filled in
   train --help                                          every field of a run
   submit RUN... --to TARGET                             the run on local, ray, kuberay or slurm;
@@ -116,6 +117,22 @@ def config(argv: Sequence[str]) -> int:
     return 0
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """``quartet evaluate RUN... [a.b.c=value ...]``."""
+    if "-h" in argv or "--help" in argv:
+        print(
+            "usage: quartet evaluate RUN... [a.b.c=value ...]\n\nMeasures what `evaluate:` of the run names."
+        )
+        return 0
+    arguments = run_parser("evaluate").parse_intermixed_args(argv)
+    run = resolve(arguments.words)
+
+    prepare_environment()
+    from launch import evaluate as evaluation  # noqa: PLC0415 - torch and ray load here
+
+    return evaluation.main(run)
+
+
 def on_target(verb: str, argv: Sequence[str]) -> int:
     """``quartet submit RUN... [a.b.c=value ...] --to TARGET [--at key=value] [--wait]``, and its sister
     verbs."""
@@ -146,6 +163,7 @@ def serve_reward(argv: Sequence[str]) -> int:
 ON_TARGET = ("submit", "render", "lint", "status", "logs", "stop", "resume")
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "evaluate": evaluate,
     "config": config,
     **{verb: partial(on_target, verb) for verb in ON_TARGET},
     "doctor": doctor,

@@ -26,6 +26,8 @@ FAILED = 1
 
 def main(run: Run, *, resume: bool, fresh: bool) -> int:
     """The exit status; raises ValueError before Ray starts when something is wrong with the run."""
+    if not (run.sft or run.reward_model or run.preference or run.rl):
+        raise ValueError("no stage: give at least one of sft, reward_model, preference, rl")
     started = time.monotonic()
     with RunFolder(run, resume=resume, fresh=fresh) as folder:
         materials, progress = prepare(run, folder.path), Progress()

@@ -5,6 +5,7 @@ of a second. Load order is in ``configfile.py``: defaults, then one YAML file, t
 """
 
 from orchestrator.config.data import ChatData, PromptData, Task
+from orchestrator.config.evaluate import Evaluate
 from orchestrator.config.model import Model, Optimizer
 from orchestrator.config.rl import RL, Evaluation, SamplingConfig, Updates, algorithm
 from orchestrator.config.roles import (
@@ -30,6 +31,7 @@ __all__ = [
     "CriticRole",
     "Deadlines",
     "EngineConfig",
+    "Evaluate",
     "Evaluation",
     "Model",
     "Optimizer",

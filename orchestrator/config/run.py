@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from orchestrator.config.data import Task
+from orchestrator.config.evaluate import Evaluate
 from orchestrator.config.model import Model
 from orchestrator.config.rl import RL
 from orchestrator.config.roles import MODEL, Deadlines, EngineConfig, Placement, RewardRole, RoleTable
@@ -50,6 +51,8 @@ class Run(Settings):
     """Preference learning stage (DPO and its family)."""
     rl: RL | None = None
     """Reinforcement learning stage."""
+    evaluate: Evaluate | None = None
+    """What `quartet evaluate` measures; no stage of training."""
     roles: RoleTable = RoleTable()
     """Devices and weights of each role."""
     engine: EngineConfig = EngineConfig()
@@ -63,13 +66,15 @@ class Run(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Run:
-        if not (self.sft or self.reward_model or self.preference or self.rl):
+        if not (self.sft or self.reward_model or self.preference or self.rl or self.evaluate):
             raise ValueError("no stage: give at least one of sft, reward_model, preference, rl")
         if self.sft and self.sft.packing and self.model.attention.startswith("flash"):
             raise ValueError(
                 f"sft.packing needs a mask between documents, which model.attention={self.model.attention!r} "
                 "builds for one row only; use sdpa, eager or flex_attention, or packing: false"
             )
+        if self.evaluate is not None:
+            _check_evaluate(self, self.evaluate)
         if not self.model.path and self.task is None:
             raise ValueError("model.path is empty: give a Hub id or a local folder")
         _check_engine(self.engine)
@@ -102,6 +107,21 @@ def _check_share(placement: Placement, roles: RoleTable, engine: EngineConfig) -
                 f"placement.share={list(group)} mixes roles on GPUs and on CPUs {on_gpu}; "
                 "give all of them gpus, or none"
             )
+
+
+def _check_evaluate(run: Run, evaluate: Evaluate) -> None:
+    if evaluate.heldout is None and evaluate.prompts is None:
+        raise ValueError("evaluate measures nothing: give evaluate.heldout, evaluate.prompts, or both")
+    if max(evaluate.pass_at, default=0) > evaluate.samples_per_prompt:
+        raise ValueError(
+            f"evaluate.pass_at={list(evaluate.pass_at)} needs {max(evaluate.pass_at)} answers to a prompt, "
+            f"evaluate.samples_per_prompt={evaluate.samples_per_prompt}; raise the latter"
+        )
+    if evaluate.prompts is not None and evaluate.sampling.max_new_tokens >= run.model.max_length:
+        raise ValueError(
+            f"evaluate.sampling.max_new_tokens={evaluate.sampling.max_new_tokens} leaves no room for a "
+            f"prompt in model.max_length={run.model.max_length}; lower the first or raise the second"
+        )
 
 
 def _check_rl(run: Run, rl: RL) -> None:

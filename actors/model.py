@@ -131,7 +131,7 @@ class ScalarHead(nn.Module):
 class PolicyModel(LanguageModel):
     """A causal language model that says how likely given tokens are."""
 
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917 - DeepSpeed's engine takes plain tensors, by place
         self,
         tokens: Tensor,
         attention_mask: Tensor,

@@ -17,7 +17,7 @@ from orchestrator.configfile import load_run, write_run
 from orchestrator.settings import Settings
 
 RL = ["model.path=x", "rl.steps=3", "roles.reward.function=exact_match"]
-MAX_KNOBS = 140
+MAX_KNOBS = 160
 
 every_algorithm = pytest.mark.parametrize("name", plugins.names("orchestrator.algorithms"))
 
@@ -291,7 +291,10 @@ def cli_root():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "quartet: error: unknown verb 'trian', did you mean 'train'?; known: train, config"),
+        (
+            ["trian"],
+            "quartet: error: unknown verb 'trian', did you mean 'train'?; known: train, evaluate, config",
+        ),
         (["train"], "quartet: error: the following arguments are required: RUN"),
         (
             ["train", "rl.steps=3"],

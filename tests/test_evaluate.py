@@ -11,7 +11,7 @@ from tests.test_pipeline import here, quartet, write  # noqa: F401 - a fixture
 
 def test_pass_at_k_counts_the_draws_without_a_right_answer():
     assert pass_at_k(4, 1, 2) == 0.5
-    assert [pass_at_k(5, 0, 3), pass_at_k(5, 3, 3), pass_at_k(5, 5, 1)] == [0.0, 0.9, 1.0]
+    assert [pass_at_k(5, 0, 3), pass_at_k(5, 2, 3), pass_at_k(5, 5, 1)] == [0.0, 0.9, 1.0]
 
 
 def test_rewards_are_means_over_prompts():

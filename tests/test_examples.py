@@ -158,9 +158,7 @@ def test_packed_documents_do_not_see_each_other(tmp_path, config, attention):
     apart = collate_examples([Unit(rows=(row,)) for row in rows], pad_id=0)
 
     def said(part):
-        logprobs, _ = model(
-            part.tokens, part.attention_mask, part.action_mask, 1.0, False, part.positions
-        )  # fmt: skip
+        logprobs = model(part.tokens, part.attention_mask, part.action_mask, 1.0, positions=part.positions)[0]
         return logprobs[part.action_mask]
 
     together = said(packed)

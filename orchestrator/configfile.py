@@ -74,8 +74,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = path.split(".")
     node = tree
     for parent in parents:
-        if not isinstance(node.get(parent), dict):
-            node[parent] = {}
+        below = node.get(parent)
+        node[parent] = (
+            dict(below) if isinstance(below, dict) else {}
+        )  # a YAML alias is one dict in two places
         node = node[parent]
     try:
         node[leaf] = yaml.safe_load(text)

@@ -339,3 +339,13 @@ def test_overview_and_version(capsys):
     out = capsys.readouterr().out
     assert "train RUN... [a.b.c=value ...] [--resume | --fresh]" in out
     assert out.splitlines()[-1] == "quartet 0.1.0"
+
+
+def test_an_override_changes_one_of_two_fields_that_share_a_yaml_alias(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "model: {path: x}\nroles:\n  reward: {function: exact_match}\n"
+        "  actor: &small {cpus_per_worker: 0.5}\n  reference: *small\nrl: {steps: 1}\n"
+    )
+    run = load_run([file], ["roles.reference.cpus_per_worker=4"])
+    assert (run.roles.actor.cpus_per_worker, run.roles.reference.cpus_per_worker) == (0.5, 4)

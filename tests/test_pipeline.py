@@ -27,7 +27,7 @@ def quartet(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
-    tiny_model(folder / "base", tied=True, hidden=32)
+    tiny_model(folder / "base", tied=True)
     pairs = [{"prompt": f"{n}+1=", "response": f" {n + 1}.", "rejected": "no idea"} for n in range(40)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     labels = [

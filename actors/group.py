@@ -28,6 +28,7 @@ from orchestrator.balance import plan
 from orchestrator.batch import Batch, Examples, Minibatch, Records, Rollout, ScoredRollout
 from orchestrator.collate import collate_examples
 from orchestrator.config import Deadlines
+from orchestrator.examples import Unit
 from orchestrator.placement import Seat
 from orchestrator.rewards import weigh
 from orchestrator.roles import Metrics, WeightReceipt
@@ -160,7 +161,7 @@ class ScorerGroup(WorkerGroup):
         return await self._coming.ask(rollouts)
 
     async def _score_rollouts(self, rollouts: list[Rollout]) -> list[Tensor]:
-        examples = collate_examples([(r.tokens, r.action_mask) for r in rollouts], pad_id=0)
+        examples = collate_examples([Unit(rows=((r.tokens, r.action_mask),)) for r in rollouts], pad_id=0)
         scores = await self._gather(examples, [worker.handle.score for worker in self.workers])
         return [row[: len(rollout.tokens)].clone() for row, rollout in zip(scores, rollouts, strict=True)]
 

@@ -38,18 +38,17 @@ class Coalescer(Generic[T, A]):
         while self._waiting:
             taken, self._waiting = self._waiting, []
             asked = [item for items, _ in taken for item in items]
-            try:
-                answers = list(await server(asked))
-                if len(answers) != len(asked):
-                    raise RuntimeError(f"{len(answers)} answers to {len(asked)} items")
-            except (RuntimeError, ValueError) as error:
+            (outcome,) = await asyncio.gather(server(asked), return_exceptions=True)
+            if not isinstance(outcome, BaseException) and len(outcome) != len(asked):
+                outcome = RuntimeError(f"{len(outcome)} answers to {len(asked)} items")
+            if isinstance(outcome, BaseException):
                 for _, answer in taken:
                     if not answer.done():
-                        answer.set_exception(error)
+                        answer.set_exception(outcome)
                 continue
             start = 0
             for items, answer in taken:
                 if not answer.done():  # who asked may have been cancelled
-                    answer.set_result(answers[start : start + len(items)])
+                    answer.set_result(list(outcome[start : start + len(items)]))
                 start += len(items)
         self._idle.append(server)

@@ -48,15 +48,16 @@ def test_two_servers_work_side_by_side():
     assert run(work()) == [[2], [1]]
 
 
-def test_an_error_reaches_who_was_in_the_call_and_the_next_call_is_served():
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError])
+def test_an_error_reaches_who_was_in_the_call_and_the_next_call_is_served(error):
     async def server(items):
         if items == ["bad"]:
-            raise RuntimeError("no")
+            raise error("no")
         return items
 
     async def work():
         coalescer = Coalescer([server])
-        with pytest.raises(RuntimeError, match="no"):
+        with pytest.raises(error, match="no"):
             await coalescer.ask(["bad"])
         return await coalescer.ask(["good"])
 

@@ -81,6 +81,13 @@ code=0
 wait "$driver" || code=$?
 # A signal ends `wait` before the driver ends.
 while kill -0 "$driver" 2>/dev/null; do code=0; wait "$driver" || code=$?; done
+# A lost node ends the driver before Slurm has noticed; the step of the workers ends with it.
+if ((code == 1 && ${#pids[@]} > 1)); then
+    for _ in {1..60}; do
+        kill -0 "${pids[1]}" 2>/dev/null || { echo "a node was lost"; requeue=@REQUEUE@; code=75; break; }
+        sleep 0.5
+    done
+fi
 if [ -n "$requeue" ] && ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
 echo "$code" > "$attempt/exit_code"
 exit "$code"

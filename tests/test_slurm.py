@@ -1,5 +1,6 @@
 """`quartet submit --to slurm` on a real Slurm whose three nodes are namespaced hosts."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -47,9 +48,11 @@ def quartet(cluster, *arguments):
 
 
 def ray_processes(cluster):
-    pids = [pid for name in cluster.network.names for pid in cluster.network.processes(name)]
-    found = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-    return [p.name() for p in found if p.name() not in ("slurmd", "slurmstepd")]
+    names = []
+    for pid in [pid for host in cluster.network.names for pid in cluster.network.processes(host)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended since it was listed
+            names.append(psutil.Process(pid).name())
+    return [name for name in names if name not in ("slurmd", "slurmstepd")]
 
 
 def steps(folder: Path) -> int:

@@ -1,8 +1,7 @@
 """The rollout engine: vLLM in child processes, token-in token-out, with the actor's weights behind it.
 
 One ``EngineWorker`` is one replica. It never speaks text to vLLM: prompts go in as token ids, responses come
-out as token ids with the log-probs the sampler drew from, and each rollout names the oldest weights that
-produced one of its tokens.
+out as token ids with the log-probs the sampler drew from, and the version of the weights each was drawn from.
 
 Who waits for whom: ``generate`` calls run side by side; ``receive_weights`` keeps new ones waiting, freezes
 those under way where they stand (vLLM's pause "keep"), waits for the sender, and lets them go on. The update
@@ -29,7 +28,7 @@ from orchestrator.roles import Sampling, WeightReceipt
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.outputs import RequestOutput
+    from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _CPU_KV_CACHE_MB = 256
@@ -132,7 +131,6 @@ class EngineWorker:
         reasons = {"stop": StopReason.EOS, "length": StopReason.LENGTH}
         if completion.finish_reason not in reasons:
             raise RuntimeError(f"engine {self._index} ended {uid} with {completion.finish_reason!r}")
-        spans = completion.weight_versions or []
         scores = tuple(
             entry[token].logprob for entry, token in zip(completion.logprobs, response, strict=True)
         )
@@ -143,7 +141,7 @@ class EngineWorker:
             action_mask=(False,) * len(prompt.tokens) + (True,) * len(response),
             logprobs=(0.0,) * len(prompt.tokens) + scores,
             text=self._tokenizer.decode(response, skip_special_tokens=True),
-            version=min((int(span.version) for span in spans), default=version),
+            versions=(0,) * len(prompt.tokens) + _versions(completion, default=version),
             stop=reasons[completion.finish_reason],
         )
 
@@ -247,6 +245,15 @@ class EngineWorker:
         for process in psutil.wait_procs(left, timeout=5)[1]:
             process.kill()
         del self._llm  # its destructor shuts down again, too late when the interpreter does
+
+
+def _versions(completion: "CompletionOutput", *, default: int) -> tuple[int, ...]:
+    """The weight version of each token; a response during which none was published has that of its
+    beginning."""
+    spans = completion.weight_versions
+    if spans is None:
+        return (default,) * len(completion.token_ids)
+    return tuple(int(span.version) for span in spans for _ in range(span.start, span.end))
 
 
 def _processes(llm: "AsyncLLM") -> list[int]:

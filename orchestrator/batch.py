@@ -55,7 +55,9 @@ class Rollout:
     action_mask: tuple[bool, ...]  # [T] True where the policy chose the token
     logprobs: tuple[float, ...]  # [T] the engine's own, 0.0 where action_mask is False
     text: str  # the response, decoded, without special tokens
-    version: int  # the oldest weight version that produced one of the tokens
+    versions: tuple[
+        int, ...
+    ]  # [T] of the weights that the token was drawn from, 0 where action_mask is False
     stop: StopReason
 
 
@@ -96,7 +98,7 @@ class Batch(_Columns):
     rollout_logprobs: Tensor  # [B, T] float32
     rewards: Tensor  # [B] float32
     groups: Tensor  # [B] int64: rollouts of one prompt share a number, 0, 1, ... in order of appearance
-    versions: Tensor  # [B] int64
+    versions: Tensor  # [B, T] int64: of the weights that drew the token, 0 off the action mask
     stopped: Tensor  # [B] bool: the policy ended by itself
     baselines: Tensor | None  # [B] None when no greedy response was drawn
 

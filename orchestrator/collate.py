@@ -26,7 +26,7 @@ def collate(scored: Sequence[ScoredRollout], *, pad_id: int) -> Batch:
         rollout_logprobs=pad([r.logprobs for r in rollouts], 0.0, torch.float32),
         rewards=torch.tensor([s.reward for s in scored], dtype=torch.float32),
         groups=torch.tensor(groups, dtype=torch.int64),
-        versions=torch.tensor([r.version for r in rollouts], dtype=torch.int64),
+        versions=pad([r.versions for r in rollouts], 0, torch.int64),
         stopped=torch.tensor([r.stop is StopReason.EOS for r in rollouts], dtype=torch.bool),
         baselines=None if scored[0].baseline is None else torch.tensor([s.baseline for s in scored]),
     )

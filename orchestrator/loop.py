@@ -16,7 +16,7 @@ from orchestrator.config import RL
 from orchestrator.drawing import draw, sample
 from orchestrator.driver_state import DriverState
 from orchestrator.ledger import Ledger
-from orchestrator.metrics import KL_COEF, mean_metrics
+from orchestrator.metrics import KL_COEF, mean_metrics, staleness_shares
 from orchestrator.minibatch import minibatches
 from orchestrator.publish import Probe, publish
 from orchestrator.roles import Metrics, Roles
@@ -77,7 +77,8 @@ async def train(  # noqa: PLR0913 - a run, by name
             learned = await learn(roles, experience, rl, step=step, seed=seed + step)
             proof = await publish(roles, step, probe)
 
-            metrics = {**drawn.metrics, **learned, **shaped, **judged, **mismatch, **synced}
+            ages = staleness_shares(batch, state.step, rl.staleness)
+            metrics = {**drawn.metrics, **ages, **learned, **shaped, **judged, **mismatch, **synced}
             metrics |= {KL_COEF: state.kl_coef} if state.kl_coef else {}
             state = DriverState(step=step, kl_coef=next_kl_coef(rl, state, metrics, batch), rewards=stats)
             ledger.settle(drawn.prompts, step)
@@ -119,7 +120,8 @@ def next_kl_coef(rl: RL, state: DriverState, metrics: Metrics, batch: Batch) -> 
 
 
 def check_fresh(batch: Batch, step: int, staleness: int) -> None:
-    oldest, newest = int(batch.versions.min()), int(batch.versions.max())
+    versions = batch.versions[batch.action_mask]  # [action tokens]
+    oldest, newest = int(versions.min()), int(versions.max())
     if oldest < step - staleness or newest > step:
         raise StaleRolloutError(
             f"a batch for step {step + 1} holds rollouts of weight versions {oldest} to {newest}; "

@@ -36,6 +36,7 @@ LOSS = "loss"  # a learner's; the loop puts the role before it: "actor/loss"
 GRAD_NORM = "grad_norm"  # before clipping; likewise "actor/grad_norm"
 LEARNING_RATE = "learning_rate"
 
+STALENESS = "staleness/"  # + age: share of the action tokens drawn from weights that many updates old
 SECONDS = "seconds/"  # + phase (timeline.Phase)
 
 
@@ -71,6 +72,19 @@ def logprob_mismatch(actor_scores: Tensor, batch: Batch) -> dict[str, float]:
         ROLLOUT_LOGPROB_DIFF_MEAN: float(differences.mean()),
         ROLLOUT_LOGPROB_DIFF_MAX: float(differences.max()),
     }
+
+
+def staleness_shares(batch: Batch, version: int, bound: int) -> dict[str, float]:
+    """The share of the action tokens drawn from weights 0, 1, .. ``bound`` updates older than ``version``,
+    which trains on them; nothing of a synchronous run (``bound`` 0).
+
+    Example: of four tokens one is of version 4 and three of 5; at version 5, bound 1: staleness/0 0.75,
+    staleness/1 0.25.
+    """
+    if not bound:
+        return {}
+    ages = version - batch.versions[batch.action_mask]  # [action tokens]
+    return {f"{STALENESS}{age}": float((ages == age).double().mean()) for age in range(bound + 1)}
 
 
 def throughput(attention_mask: Tensor, wall_s: float) -> dict[str, float]:

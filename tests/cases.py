@@ -46,7 +46,7 @@ class Case:
         return Batch(
             tokens=torch.zeros_like(self.mask, dtype=torch.int64), attention_mask=self.mask | True,
             action_mask=self.mask, rollout_logprobs=self.rollout, rewards=rewards, groups=self.groups,
-            versions=self.groups, stopped=self.groups % 2 == 0, baselines=self.baselines,
+            versions=self.mask.long(), stopped=self.groups % 2 == 0, baselines=self.baselines,
         )  # fmt: skip
 
     def scores(self):

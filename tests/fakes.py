@@ -17,9 +17,10 @@ def prompt(row: int = 0, uid: str | None = None) -> Prompt:
 def rollout(p: Prompt, k: int = 0, *, version: int = 0, response: tuple[int, ...] = (5, 9)) -> Rollout:
     size = len(response)
     return Rollout(
-        uid=f"{p.uid}/{k}", prompt=p, tokens=(*p.tokens, *response), text="b", version=version,
+        uid=f"{p.uid}/{k}", prompt=p, tokens=(*p.tokens, *response), text="b",
         action_mask=(*[False] * len(p.tokens), *[True] * size), stop=StopReason.EOS,
         logprobs=(*[0.0] * len(p.tokens), *[-1.0] * size),
+        versions=(*[0] * len(p.tokens), *[version] * size),
     )  # fmt: skip
 
 

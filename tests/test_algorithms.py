@@ -23,7 +23,7 @@ def batch_of(rewards, groups, lengths, width=6) -> Batch:
         tokens=torch.arange(B * width).reshape(B, width) % 7, attention_mask=attention,
         action_mask=attention & (columns >= 2), rollout_logprobs=torch.full((B, width), -1.0),
         rewards=torch.tensor(rewards), groups=torch.tensor(groups),
-        versions=torch.zeros(B, dtype=torch.int64), stopped=torch.ones(B, dtype=torch.bool),
+        versions=torch.zeros(B, width, dtype=torch.int64), stopped=torch.ones(B, dtype=torch.bool),
         baselines=torch.zeros(B),
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ class Recorder:
         self.began = step
 
     async def stepped(self, state, groups, batch, metrics):
-        self.ages.append(int((state.step - 1 - batch.versions).max()))
+        self.ages.append(int((state.step - 1 - batch.versions[batch.action_mask]).max()))
         self.metrics.append(metrics)
         self.states.append(state)
         self.batches.append(batch)

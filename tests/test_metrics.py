@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orchestrator.batch import Batch
-from orchestrator.metrics import logprob_mismatch, mean_metrics, rollout_metrics, throughput
+from orchestrator.metrics import logprob_mismatch, mean_metrics, rollout_metrics, staleness_shares, throughput
 
 
 def batch(action_mask=((0, 1, 0, 0), (0, 1, 1, 1)), rewards=(0.0, 1.0)):
@@ -16,7 +16,7 @@ def batch(action_mask=((0, 1, 0, 0), (0, 1, 1, 1)), rewards=(0.0, 1.0)):
         rollout_logprobs=torch.where(mask, -1.0, 0.0),
         rewards=torch.tensor(rewards),
         groups=torch.tensor([0, 0]),
-        versions=torch.tensor([0, 0]),
+        versions=torch.where(mask, torch.tensor([[4] * 4, [4, 4, 5, 5]]), 0),
         stopped=torch.tensor([True, True]),
         baselines=None,
     )
@@ -43,6 +43,12 @@ def test_mismatch_is_over_action_tokens_only():
 def test_mismatch_of_no_action_tokens_is_zero():
     empty = batch(action_mask=((0, 0, 0, 0), (0, 0, 0, 0)))
     assert logprob_mismatch(torch.ones(2, 4), empty)["rollout_logprob_diff_max"] == 0.0
+
+
+def test_staleness_is_counted_in_tokens():
+    assert staleness_shares(batch(), 5, 1) == {"staleness/0": 0.5, "staleness/1": 0.5}
+    assert staleness_shares(batch(), 6, 2) == {"staleness/0": 0.0, "staleness/1": 0.5, "staleness/2": 0.5}
+    assert staleness_shares(batch(), 5, 0) == {}
 
 
 def test_throughput_leaves_padding_out():

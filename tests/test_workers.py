@@ -53,7 +53,7 @@ def batch() -> Batch:
         rollout_logprobs=torch.zeros(given["tokens"].shape),
         rewards=torch.zeros(3),
         groups=torch.arange(3),
-        versions=torch.zeros(3, dtype=torch.int64),
+        versions=torch.zeros(given["tokens"].shape, dtype=torch.int64),
         stopped=torch.ones(3, dtype=torch.bool),
         baselines=None,
     )

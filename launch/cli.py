@@ -42,6 +42,7 @@ verbs
   train --help                                          every field of a run
   submit RUN... --to TARGET                             the run on local, ray, kuberay or slurm;
                                                         also render, lint, status, logs, stop, resume
+  plan RUN... [--cluster 4x8xH200]                      memory, time and cost of a run before renting devices
   doctor                                                checks this machine, or a Ray cluster
   serve-reward MODEL                                    a reward model as a service
   --help, --version                                     this text; the version
@@ -145,6 +146,17 @@ def on_target(verb: str, argv: Sequence[str]) -> int:
     return verbs.main(verb, resolve(arguments.words), arguments)
 
 
+def plan(argv: Sequence[str]) -> int:
+    """``quartet plan RUN... [a.b.c=value ...] [--cluster 4x8xH200]``."""
+    from launch import plan as foresight  # noqa: PLC0415
+
+    parser = run_parser("plan")
+    parser.add_argument("-h", "--help", action="help")
+    foresight.add_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    return foresight.main(resolve(arguments.words), arguments)
+
+
 def doctor(argv: Sequence[str]) -> int:
     """``quartet doctor``."""
     from launch import doctor as checks  # noqa: PLC0415
@@ -166,6 +178,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
     "config": config,
     **{verb: partial(on_target, verb) for verb in ON_TARGET},
+    "plan": plan,
     "doctor": doctor,
     "serve-reward": serve_reward,
 }

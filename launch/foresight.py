@@ -111,7 +111,7 @@ def refuse_what_cannot_fit(run: Run) -> None:
         run=run, shapes=shapes_of(run), cluster=cluster, workload=longest_workload(run), overheads=Overheads()
     )
     for fit in fits(planned):
-        if any(pool.cannot for pool in fit.pools):
+        if fit.cannot:
             raise ValueError(f"the run cannot fit this machine: {why_not(planned, fit)}")
 
 

@@ -169,11 +169,15 @@ def test_command_refuses_without_a_traceback(tmp_path, capsys):
 
 def test_train_refuses_what_cannot_fit_this_machine(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    cpu = {"roles": {"reward": {"function": "exact_match"}}, "engine": {}}
+    cpu = {"roles": {"reward": {"function": "exact_match"}}, "engine": {"kv_cache_mb": 2048}}
     model = {"path": "meta-llama/Llama-3.1-405B", "max_length": 2048}
     with pytest.raises(ValueError, match=r"cannot fit this machine: stage rl wants at least .* GiB"):
         refuse_what_cannot_fit(grpo(model=model, **cpu))
     refuse_what_cannot_fit(grpo(model=model, ray_address="auto", **cpu))
+    with pytest.raises(
+        ValueError, match=r"KV cache holds .* model.max_length=2048 .* raise engine.kv_cache_mb"
+    ):
+        refuse_what_cannot_fit(grpo(roles=cpu["roles"], engine={"kv_cache_mb": 16}))
     small = {"path": "HuggingFaceTB/SmolLM2-135M", "max_length": 2048}
     refuse_what_cannot_fit(grpo(model=small, **cpu))
 

@@ -1,7 +1,7 @@
 """The policy under training: its log-probs, its updates, and its weights on their way to the engine."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,18 @@ from actors.weights.wire import Address, Sender, TensorMeta, Transport
 from orchestrator.batch import Batch, Examples, PolicyOutput
 from orchestrator.config import Model, Optimizer
 from orchestrator.roles import WeightReceipt
+from orchestrator.work import Work
 
 
 class Actor(Learner):
     """Log-probs are of the distribution that was sampled from: logits / ``temperature`` (BUGS A11)."""
 
     role = "actor"
+    verbs: ClassVar[dict[str, Work]] = Learner.verbs | {
+        "distributions": Work.SCORE,
+        "send_weights": Work.SEND,
+        "logprobs": Work.PROBE,
+    }
 
     def __init__(  # noqa: PLR0913 - one line per fact, all by name
         self,

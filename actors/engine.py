@@ -15,7 +15,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
 
@@ -25,6 +25,7 @@ from actors.worker import RosterLine, settle_heap
 from orchestrator.batch import Prompt, Rollout, StopReason
 from orchestrator.config import EngineConfig
 from orchestrator.roles import Sampling, WeightReceipt
+from orchestrator.work import Work
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -36,6 +37,12 @@ _CPU_KV_CACHE_MB = 256
 
 class EngineWorker:
     """One vLLM replica. ``start`` before anything else."""
+
+    verbs: ClassVar[dict[str, Work]] = {
+        "generate": Work.GENERATE,
+        "receive_weights": Work.RECEIVE,
+        "logprobs": Work.PROBE,
+    }
 
     def __init__(  # noqa: PLR0913 - one line per fact, all by name
         self,

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from actors.coalesce import Coalescer
+from actors.recording import Working, recorded
 from actors.weights.wire import Address, Transport
 from orchestrator.balance import plan
 from orchestrator.batch import Batch, Examples, Minibatch, Records, Rollout, ScoredRollout
@@ -32,6 +33,7 @@ from orchestrator.examples import Unit
 from orchestrator.placement import Seat
 from orchestrator.rewards import weigh
 from orchestrator.roles import Metrics, WeightReceipt
+from orchestrator.work import WorkBook, WorkLog
 
 
 class RoleError(RuntimeError):
@@ -39,15 +41,16 @@ class RoleError(RuntimeError):
 
 
 class RemoteWorker:
-    """One Ray worker with its name and its deadlines."""
+    """One Ray worker with its name, its deadlines and the log of its work."""
 
-    def __init__(self, handle: ActorHandle, who: str, deadlines: Deadlines) -> None:
-        self.handle, self.who, self.deadlines = handle, who, deadlines
+    def __init__(self, handle: ActorHandle, who: str, deadlines: Deadlines, log: WorkLog) -> None:
+        self.handle, self.who, self.deadlines, self.log = handle, who, deadlines, log
 
     async def call(self, method: ActorMethod, *args: Any, deadline_s: float | None = None) -> Any:
         verb, limit = method._method_name, deadline_s or self.deadlines.call_s
         try:
-            return await asyncio.wait_for(method.remote(*args), limit)
+            with self.log.call(verb) as unpacked:
+                return unpacked(await asyncio.wait_for(method.remote(*args), limit))
         except TimeoutError as error:
             raise RoleError(f"{self.who} did not answer {verb} within {limit:g} s") from error
         except RayTaskError as error:
@@ -56,14 +59,15 @@ class RemoteWorker:
             raise RoleError(f"{self.who} died in {verb}: {error}") from error
 
 
-def spawn(
-    cls: type,
+def spawn(  # noqa: PLR0913 - one line per fact, all by name
+    cls: type[Working],
     *,
     who: str,
     seat: Seat,
     group: PlacementGroup,
     env: dict[str, str],
     deadlines: Deadlines,
+    book: WorkBook,
     **settings: Any,
 ) -> RemoteWorker:
     """Starts one worker in its seat; its constructor runs there. Errors surface in the first call."""
@@ -76,7 +80,8 @@ def spawn(
         ),
         "runtime_env": {"env_vars": env},
     }
-    return RemoteWorker(ray.remote(cls).options(**options).remote(**settings), who, deadlines)
+    log = book.enter(who, f"{seat.group}.{seat.bundle}", cls.verbs)
+    return RemoteWorker(ray.remote(recorded(cls)).options(**options).remote(**settings), who, deadlines, log)
 
 
 class ObjectStore:

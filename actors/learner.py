@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from actors.worker import Worker
 from orchestrator.batch import Batch, Examples, Experience, Loss, Minibatch
 from orchestrator.collate import take
 from orchestrator.config import Model, Optimizer
+from orchestrator.work import Work
 
 MicroBatches = Sequence[Sequence[int]]  # each a list of positions into the rows of a minibatch or batch
 LossFunction = Callable[[Any, Any], Loss]  # (what the model says, the records it says it of) -> Loss
@@ -36,6 +37,13 @@ R = TypeVar("R", Batch, Experience, Examples)
 class Learner(Worker):
     """Wraps a model and its loss. Subclasses say which model, and what it is asked."""
 
+    verbs: ClassVar[dict[str, Work]] = {
+        "update_rows": Work.UPDATE,
+        "score": Work.SCORE,
+        "save": Work.SAVE,
+        "load": Work.LOAD,
+        "export": Work.SAVE,
+    }
     ema_decay: float | None = None  # of an average of the weights; None: none is kept
 
     def __init__(self, *, model: Model, optimizer: Optimizer, total_steps: int, loss: LossFunction) -> None:

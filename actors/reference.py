@@ -1,5 +1,7 @@
 """The frozen policy that the KL is measured from: plain PyTorch, no optimizer, no talk between ranks."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -9,11 +11,13 @@ from actors.worker import Worker
 from orchestrator.batch import Batch, Examples
 from orchestrator.collate import take
 from orchestrator.config import Model
+from orchestrator.work import Work
 
 
 class Reference(Worker):
     role = "reference"
     collective = False
+    verbs: ClassVar[dict[str, Work]] = {"score": Work.SCORE, "distributions": Work.SCORE}
 
     def __init__(self, *, model: Model, temperature: float = 1.0) -> None:
         """``temperature`` is the sampling temperature: the KL compares two distributions sampled alike."""

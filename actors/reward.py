@@ -3,7 +3,7 @@ learner of such a model."""
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from actors.worker import Worker
 from orchestrator.batch import Rollout
 from orchestrator.collate import attention, pad
 from orchestrator.config import MODEL, Model
+from orchestrator.work import Work
 
 REWARD_MEAN, REWARD_STD = "reward_mean", "reward_std"  # in config.json, of the scores of held-out rows
 
@@ -24,6 +25,7 @@ class Judge(Worker):
 
     role = "reward"
     collective = False
+    verbs: ClassVar[dict[str, Work]] = {"score_rollouts": Work.REWARD}
 
     def __init__(
         self,

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from orchestrator.work import Work
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RosterLine:
@@ -56,6 +58,7 @@ class Worker(ABC):
 
     role: ClassVar[str]
     collective: ClassVar[bool] = True  # False: ranks never talk to each other, so none can hang another
+    verbs: ClassVar[dict[str, Work]] = {}  # what its calls are, for the timeline (recording.py)
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")

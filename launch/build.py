@@ -53,7 +53,7 @@ class Crew:
         env = {**WORKER_ENV, **MODEL_ENV, "OMP_NUM_THREADS": str(place.threads)}
         workers = [
             spawn(cls, who=f"{role} rank {rank}", seat=seat, group=self.groups[seat.group], env=env,
-                  deadlines=self.run.deadlines, **settings)
+                  deadlines=self.run.deadlines, book=self.cluster.trace.book, **settings)
             for rank, seat in enumerate(self.layout.seats[role])
         ]  # fmt: skip
         group = group_cls(workers, store=self.store, token_budget=place.micro_batch_tokens)
@@ -74,6 +74,7 @@ class Crew:
         await asyncio.gather(*(handle.close() for handle in self._started), return_exceptions=True)
         self.cluster.release()
         self.cluster.forget()
+        self.cluster.trace.write_rest()
 
     async def policy(
         self, model: Model, optimizer: Optimizer, *, steps: int, loss: LossFunction
@@ -128,7 +129,9 @@ class Crew:
         return roles
 
     async def engines(self, model: str) -> EngineFleet:
-        engines = spawn_engines(self.run, model, self.layout.seats["engine"], self.groups)
+        engines = spawn_engines(
+            self.run, model, self.layout.seats["engine"], self.groups, self.cluster.trace.book
+        )
         fleet = EngineFleet(engines, run_seed=self.run.seed)
         self.keep(fleet)
         await asyncio.gather(*(engine.start() for engine in engines))

@@ -22,6 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from actors.worker import RosterLine
 from launch.submit.startup import mark
+from launch.trace import RunTrace
 from orchestrator.config import Run
 from orchestrator.placement import Layout, Resources, layout, request, shortage
 
@@ -53,6 +54,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         self._groups: list[PlacementGroup] = []
         self._address = run.ray_address or os.environ.get("RAY_ADDRESS")
         self._roster: list[RosterLine] = []
+        self.trace = RunTrace(run.run_dir / "trace.json" if run.tracking.trace else None)
 
     def __enter__(self) -> Self:
         local = {
@@ -79,6 +81,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+        self.trace.close()
         ray.shutdown()
 
     def place(self, roles: Sequence[str]) -> tuple[Layout, list[PlacementGroup]]:

@@ -13,10 +13,11 @@ from actors.weights.wire import Transport
 from launch.environment import WORKER_ENV
 from orchestrator.config import Run
 from orchestrator.placement import Seat
+from orchestrator.work import WorkBook
 
 
 def spawn_engines(
-    run: Run, model: str, seats: Sequence[Seat], groups: Sequence[PlacementGroup]
+    run: Run, model: str, seats: Sequence[Seat], groups: Sequence[PlacementGroup], book: WorkBook
 ) -> list[RemoteEngine]:
     """One Ray worker per replica; their models load in ``start``."""
     device: Device = "cuda" if run.engine.gpus else "cpu"
@@ -24,7 +25,7 @@ def spawn_engines(
         RemoteEngine(
             spawn(
                 EngineWorker, who=f"engine {index}", seat=seat, group=groups[seat.group],
-                env={**WORKER_ENV, **environment(run.engine, device)}, deadlines=run.deadlines,
+                env={**WORKER_ENV, **environment(run.engine, device)}, deadlines=run.deadlines, book=book,
                 config=run.engine, model=model, revision=run.model.revision, dtype=run.model.dtype,
                 max_length=run.model.max_length, index=index, device=device, transport=transport(run),
             )

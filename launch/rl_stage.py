@@ -120,6 +120,7 @@ class Journal:
             **metrics,
             **throughput(batch.attention_mask, times.wall_s),
             **times.metrics(),
+            **self.session.cluster.trace.step("rl", step, times.start, times.start + times.wall_s),
         }
         self.session.tracker.log("rl", step, figures)
         self.session.progress.step("rl", step, self.rl.steps, figures)

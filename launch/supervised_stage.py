@@ -175,7 +175,12 @@ def _logger(session: Session, stage: str, steps: int) -> Callable[[int, Examples
     def log(step: int, examples: Examples, metrics: Metrics) -> None:
         nonlocal last
         now = time.monotonic()
-        figures = {**metrics, **throughput(examples.attention_mask, now - last), names.STEP_S: now - last}
+        figures = {
+            **metrics,
+            **throughput(examples.attention_mask, now - last),
+            names.STEP_S: now - last,
+            **session.cluster.trace.step(stage, step, last, now),
+        }
         last = now
         session.tracker.log(stage, step, figures)
         session.progress.step(stage, step, steps, figures)

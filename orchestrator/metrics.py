@@ -37,7 +37,11 @@ GRAD_NORM = "grad_norm"  # before clipping; likewise "actor/grad_norm"
 LEARNING_RATE = "learning_rate"
 
 STALENESS = "staleness/"  # + age: share of the action tokens drawn from weights that many updates old
+OVERHEAD_S = "overhead_s"  # of it, seconds in which no worker worked, by the workers' own clocks
+OVERHEAD_FRACTION = "overhead_fraction"
+SCORING_HIDDEN = "scoring_hidden"  # share of reward and reference work done while somebody generated
 SECONDS = "seconds/"  # + phase (timeline.Phase)
+DEVICE = "device/"  # + useful, or the cause of a loss: share of the time of all devices (work.py)
 
 
 def rollout_metrics(batch: Batch, *, truncated_fraction: float) -> dict[str, float]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from orchestrator import metrics
+from orchestrator.intervals import Interval, length, union
 
 
 class Phase(StrEnum):
@@ -48,6 +49,7 @@ class Span:
 class StepTimes:
     """One step, in seconds."""
 
+    start: float  # of the clock of the spans
     wall_s: float
     seconds: dict[Phase, float]  # only phases that happened
     driver_s: float
@@ -68,7 +70,7 @@ class StepTimes:
 class Timeline:
     """Collects spans; ``end_step`` closes the books on everything since the last one."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._start = clock()
         self._done: list[Span] = []
@@ -97,23 +99,19 @@ class Timeline:
 
 def step_times(spans: Iterable[Span], start: float, end: float) -> StepTimes:
     """The spans, cut to [start, end], as seconds per phase."""
-    by_phase: dict[Phase, list[tuple[float, float]]] = {}
+    by_phase: dict[Phase, list[Interval]] = {}
     for span in spans:
         by_phase.setdefault(span.phase, []).append((max(span.start, start), min(span.end, end)))
     covered = union_s(interval for intervals in by_phase.values() for interval in intervals)
     return StepTimes(
+        start=start,
         wall_s=end - start,
         seconds={phase: union_s(by_phase[phase]) for phase in Phase if phase in by_phase},
         driver_s=max(0.0, end - start - covered),
     )
 
 
-def union_s(intervals: Iterable[tuple[float, float]]) -> float:
+def union_s(intervals: Iterable[Interval]) -> float:
     """Seconds covered by at least one interval: [0, 4] and [1, 5] cover 5. Empty and reversed ones cover
     nothing."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        if end > max(start, reached):
-            total += end - max(start, reached)
-            reached = end
-    return total
+    return length(union(intervals))

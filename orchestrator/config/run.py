@@ -25,6 +25,9 @@ class Tracking(Settings):
     """Project in wandb."""
     tensorboard: bool = False
     """Write TensorBoard event files into the run directory."""
+    trace: bool = True
+    """Write trace.json into the run directory: what every worker did and when, for Perfetto, chrome://tracing
+    and `quartet report`."""
 
 
 class Run(Settings):

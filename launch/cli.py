@@ -39,6 +39,7 @@ verbs
   train RUN... [a.b.c=value ...] [--resume | --fresh]   train; RUN is a YAML file or a preset
   evaluate RUN... [a.b.c=value ...]                     measure a checkpoint: loss, reward, pass@k, win rate
   config RUN... [a.b.c=value ...]                       print the run with every default filled in
+  report RUN                                            one page: curves, device time, timeline, samples
   train --help                                          every field of a run
   submit RUN... --to TARGET                             the run on local, ray, kuberay or slurm;
                                                         also render, lint, status, logs, stop, resume
@@ -134,6 +135,18 @@ def evaluate(argv: Sequence[str]) -> int:
     return evaluation.main(run)
 
 
+def report(argv: Sequence[str]) -> int:
+    """``quartet report RUN``: a run_dir, or what was trained."""
+    if "-h" in argv or "--help" in argv:
+        print("usage: quartet report RUN\n\nWrites report.html; RUN is a run_dir, or a YAML file or preset.")
+        return 0
+    words = run_parser("report").parse_intermixed_args(argv).words
+    from launch import report as pages  # noqa: PLC0415
+
+    is_folder = len(words) == 1 and Path(words[0]).is_dir()
+    return pages.main(Path(words[0]) if is_folder else resolve(words).run_dir)
+
+
 def on_target(verb: str, argv: Sequence[str]) -> int:
     """``quartet submit RUN... [a.b.c=value ...] --to TARGET [--at key=value] [--wait]``, and its sister
     verbs."""
@@ -177,6 +190,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "config": config,
+    "report": report,
     **{verb: partial(on_target, verb) for verb in ON_TARGET},
     "plan": plan,
     "doctor": doctor,

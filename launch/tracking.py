@@ -86,10 +86,13 @@ def open_tracker(run: Run) -> Tracker:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, one per stage and step: a step that was repeated after a resume counts
-    once, the last."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return list({(line["stage"], line["step"]): line for line in lines}.values())
+    """What a metrics.jsonl says of each stage and step, in one dict: a figure that was logged again, after a
+    resume, counts once, the last."""
+    steps: dict[tuple[str, int], dict[str, Any]] = {}
+    for text in file.read_text().splitlines():
+        line = json.loads(text)
+        steps.setdefault((line["stage"], line["step"]), {}).update(line)
+    return list(steps.values())
 
 
 def _cut_torn_line(file: Path) -> None:

@@ -32,7 +32,8 @@ def whiten(values: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     first = values[row, mask[row].int().argmax()].nan_to_num()  # shifting by it is exact for equals
     centred = values.where(mask, first).sub_(first)
     centred = centred.sub_(centred.sum() / count).where(mask, 0.0)
-    return centred.mul_((centred.square().sum() / count + eps).rsqrt())
+    squares = (centred[:, None] @ centred[:, :, None]).sum()  # by rows: one pass, and no sum of millions
+    return centred.mul_((squares / count + eps).rsqrt())
 
 
 def token_rewards(rewards: Tensor, token_penalty: Tensor, mask: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def returns_to_go(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
 def _gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     """Where each action follows the one before it, and all is 0 after the last."""
     deltas = rewards - values
-    deltas[:, :-1] += gamma * values[:, 1:]
+    deltas[:, :-1].add_(values[:, 1:], alpha=gamma)
     return discounted_sums(deltas, gamma * lam)
 
 
@@ -90,16 +91,18 @@ def discounted_sums(values: Tensor, decay: float) -> Tensor:
     """
     B, T = values.shape
     num_blocks = -(-T // BLOCK)
-    padded = values.new_zeros(B, num_blocks * BLOCK)
-    padded[:, :T] = values
+    padded = values
+    if T % BLOCK:
+        padded = values.new_zeros(B, num_blocks * BLOCK)
+        padded[:, :T] = values
     place = values.new_ones(BLOCK).cumsum(0) - 1
     distance = place[:, None] - place[None, :]
     powers = (decay ** distance.clamp(min=0)).where(distance >= 0, 0.0)
-    within = (padded.view(-1, BLOCK) @ powers).view(B, num_blocks, BLOCK)
+    within = (padded.reshape(-1, BLOCK) @ powers).view(B, num_blocks, BLOCK)
     behind = values.new_zeros(B, num_blocks)  # the sum from the first token of the next block on
     for block in reversed(range(num_blocks - 1)):
         behind[:, block] = within[:, block + 1, 0] + decay**BLOCK * behind[:, block + 1]
-    within += behind[:, :, None] * decay ** (BLOCK - place)
+    within.addcmul_(behind[:, :, None], decay ** (BLOCK - place))
     return within.view(B, -1)[:, :T]
 
 

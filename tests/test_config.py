@@ -125,6 +125,10 @@ def test_every_complaint_is_listed_at_once():
             ["rl.algorithm.name=grpo", "rl.critic_warmup=2"],
             "rl.critic_warmup=2 but grpo has no critic to warm up; set it to 0",
         ),
+        (
+            ["rl.updates.old_logprobs=rollout", "rl.algorithm.correction.rule=token"],
+            "rl.updates.old_logprobs=rollout takes the engine's for both; use auto",
+        ),
         (["rl.critic_warmup=3"], "rl.critic_warmup=3 leaves the actor none of rl.steps=3 steps; lower it"),
         (
             ["rl.filter={}", "rl.samples_per_prompt=1"],

@@ -13,9 +13,9 @@ actor-critic; with gae_lambda 1 and a critic that says nothing it is REINFORCE.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from orchestrator.algorithms._base import Advantages, AlgorithmConfig
 from orchestrator.batch import Batch, Experience, Loss
@@ -62,6 +62,15 @@ class PPO(AlgorithmConfig):
     """Whether that KL is taken from the reward or added to the loss."""
     kl_estimator: Estimator = "k1"
     """Estimator of that KL; k1 is unbiased in the reward."""
+
+    @model_validator(mode="after")
+    def _one_controller(self) -> Self:
+        if self.objective == "penalty" and self.kl_controller != "fixed":
+            raise ValueError(
+                f"objective=penalty steers step_kl_coef, so kl_controller={self.kl_controller} has nothing "
+                "to steer; use kl_controller=fixed, or objective=clip"
+            )
+        return self
 
     def advantages(self, batch: Batch, penalty: Tensor, values: Tensor | None) -> Advantages:
         assert values is not None

@@ -181,6 +181,11 @@ def _check_algorithm(run: Run, rl: RL) -> None:
             f"rl.samples_per_prompt={rl.samples_per_prompt}: {type(rl.algorithm).__name__} compares the "
             "samples of one prompt and learns nothing from one; use 2 or more"
         )
+    if rl.updates.old_logprobs == "rollout" and rl.algorithm.correction.rule != "none":
+        raise ValueError(
+            f"rl.algorithm.correction.rule={rl.algorithm.correction.rule} compares the trainer's log-probs "
+            "with the engine's, and rl.updates.old_logprobs=rollout takes the engine's for both; use auto"
+        )
     _check_rewards_of(rl)
     if rl.critic_warmup and "critic" not in needed:
         raise ValueError(

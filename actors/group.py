@@ -22,11 +22,11 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from actors.coalesce import Coalescer
 from actors.recording import Working, recorded
 from actors.weights.wire import Address, Transport
 from orchestrator.balance import plan
 from orchestrator.batch import Batch, Examples, Minibatch, Records, Rollout, ScoredRollout
+from orchestrator.coalesce import Coalescer
 from orchestrator.collate import collate_examples
 from orchestrator.config import Deadlines
 from orchestrator.examples import Unit

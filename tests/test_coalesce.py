@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from actors.coalesce import Coalescer
+from orchestrator.coalesce import Coalescer
 
 
 def run(work):

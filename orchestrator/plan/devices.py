@@ -26,6 +26,7 @@ class Device:
     link: float  # bytes/s to another device of its node, one direction
     host_memory: int  # bytes of its node's memory per device, where the cluster does not say: typical servers
     source: str
+    price: float = 0.04  # dollars an hour, rented: a guess; clouds differ by a factor of five
 
     @property
     def is_cpu(self) -> bool:
@@ -46,9 +47,13 @@ def _gpu(
         link=link_gb * 1e9,
         host_memory=host_gib * GIB,
         source=source,
+        price=PRICES[name],
     )
 
 
+PRICES = {
+    "H200": 3.5, "H100": 2.5, "B200": 5.0, "A100": 1.6, "A100-40GB": 1.2, "L40S": 1.0, "A10": 0.8, "L4": 0.6,
+}  # fmt: skip
 NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 DEVICES = {
     device.name: device

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from functools import cache
 
 from orchestrator.config import RL, Run
 
@@ -31,22 +32,26 @@ class Workload:
 
     def draw(self, chance: random.Random) -> int:
         """The length of one response: lognormal, cut at the limit, at least 1."""
-        drawn = math.exp(self._location() + self.spread * chance.gauss(0.0, 1.0))
+        drawn = math.exp(
+            _location(self.response, self.limit, self.spread) + self.spread * chance.gauss(0.0, 1.0)
+        )
         return max(1, min(self.limit, round(drawn)))
 
-    def _location(self) -> float:
-        """The log of the median with which the mean of the cut lengths is ``response``."""
-        low, high = -2.0, math.log(self.limit) + 6 * self.spread + 1
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._cut_mean(middle) < self.response else (low, middle)
-        return (low + high) / 2
 
-    def _cut_mean(self, location: float) -> float:
-        """E[min(X, limit)] of a lognormal X: exp(m + s^2/2) N((ln c - m - s^2)/s) + c N((m - ln c)/s)."""
-        m, s, c = location, self.spread, self.limit
-        inside = math.exp(m + s * s / 2) * _normal((math.log(c) - m - s * s) / s)
-        return inside + c * _normal((m - math.log(c)) / s)
+@cache
+def _location(mean: float, limit: int, spread: float) -> float:
+    """The log of the median with which lengths cut at ``limit`` have this mean."""
+    low, high = -2.0, math.log(limit) + 6 * spread + 1
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _cut_mean(middle, limit, spread) < mean else (low, middle)
+    return (low + high) / 2
+
+
+def _cut_mean(m: float, c: int, s: float) -> float:
+    """E[min(X, c)] of a lognormal X: exp(m + s^2/2) N((ln c - m - s^2)/s) + c N((m - ln c)/s)."""
+    inside = math.exp(m + s * s / 2) * _normal((math.log(c) - m - s * s) / s)
+    return inside + c * _normal((m - math.log(c)) / s)
 
 
 def _normal(x: float) -> float:

@@ -1,11 +1,11 @@
-"""How good is the foresight? Layouts of the quickstart's rl stage, measured here and predicted by the planner.
+"""How good is the foresight? Layouts of the quickstart's rl stage, measured and predicted by the planner.
 
     python benchmarks/plan_score.py measure [LAYOUT ...]   # about 40 s each on two cores
-    python benchmarks/plan_score.py fit                    # rates and overheads, from layouts set aside for it
+    python benchmarks/plan_score.py fit                    # rates and overheads, from layouts set aside
     python benchmarks/plan_score.py score                  # table and plot of the others
 
-All layouts start from one SFT checkpoint and one reward model. Measured are the lower quartile of the step times
-(other jobs ran on this machine) and the peak of the memory of all processes together (PSS).
+All layouts start from one SFT checkpoint and one reward model. Measured are the lower quartile of the step
+times (other jobs ran on this machine) and the peak of the memory of all processes together (PSS).
 """
 
 import argparse

@@ -28,6 +28,7 @@ from torch import Tensor
 from actors.average import Average
 from actors.model import LanguageModel
 from actors.muon import Muon, build_optimizer
+from actors.residence import Residence
 from actors.shards import shards_of
 from orchestrator.config import Optimizer
 
@@ -81,6 +82,7 @@ class Backend:
         if isinstance(self.optimizer, Muon):
             self.optimizer.place(shards)
         self.average = None if ema_decay is None else Average(shards, ema_decay)
+        self.residence = Residence(self.engine, stage=self.stage, device=self.device)
 
     def forward(self, *inputs: Any) -> Any:
         """Through the engine, so that ZeRO-3 gathers parameters on the way."""

@@ -24,7 +24,7 @@ from actors.weights.wire import Address, Transport
 from actors.worker import RosterLine, settle_heap
 from orchestrator.batch import Prompt, Rollout, StopReason
 from orchestrator.config import EngineConfig
-from orchestrator.roles import Sampling, WeightReceipt
+from orchestrator.roles import Residency, Sampling, WeightReceipt
 from orchestrator.work import Work
 
 if TYPE_CHECKING:
@@ -55,15 +55,19 @@ class EngineWorker:
         index: int,
         device: Device,
         transport: Transport,
+        sleeps: bool = False,
     ) -> None:
+        """``sleeps``: it will be told to leave its devices to others."""
         os.environ.update(environment(config, device))
         self._config, self._model, self._revision, self._dtype = config, model, revision, dtype
         self._max_length, self._index, self._device, self._transport = max_length, index, device, transport
+        self._sleeps = sleeps
         self._version = 0  # weights of the model folder
         self._failure: str | None = None  # why this engine holds no usable weights
         self._eager = is_eager(config, device)
         self._num_probes = 0
         self._num_running = 0  # requests that vLLM has and has not answered
+        self._level = Residency.AWAKE
         self._open = asyncio.Event()  # cleared during an update
         self._open.set()
 
@@ -99,6 +103,7 @@ class EngineWorker:
             enable_chunked_prefill=not on_cpu,
             logprobs_mode="processed_logprobs",  # those of the distribution that was drawn from
             skip_tokenizer_init=True,
+            enable_sleep_mode=self._sleeps and not on_cpu,
             worker_extension_cls="actors.weights.receivers.WorkerExtension",
             weight_transfer_config=WeightTransferConfig(backend=f"quartet_{self._transport}"),
             disable_log_stats=True,
@@ -224,6 +229,19 @@ class EngineWorker:
     def _refuse_if_broken(self) -> None:
         if self._failure is not None:
             raise RuntimeError(f"engine {self._index} has no usable weights: {self._failure}; restart it")
+
+    async def reside(self, level: Residency) -> None:
+        """vLLM's sleep mode: weights into the host's memory, the KV cache away; no request is under way. Its
+        CPU platform has none, and only pauses the scheduler."""
+        if level < self._level:
+            await self._llm.sleep(level=1)
+        if level is Residency.WEIGHTS:
+            await self._llm.wake_up(tags=["weights"])
+        elif level is Residency.AWAKE:
+            await self._llm.wake_up(
+                tags=["kv_cache"] if self._level is Residency.WEIGHTS else ["weights", "kv_cache"]
+            )
+        self._level = level
 
     async def health(self) -> None:
         self._refuse_if_broken()

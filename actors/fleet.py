@@ -12,7 +12,7 @@ from typing import Protocol
 from actors.weights.wire import Address
 from orchestrator.batch import Prompt, Rollout
 from orchestrator.ledger import sample_seed
-from orchestrator.roles import Sampling, WeightReceipt
+from orchestrator.roles import Residency, Sampling, WeightReceipt
 
 
 class EngineHandle(Protocol):
@@ -24,6 +24,7 @@ class EngineHandle(Protocol):
     async def join_weights(self, address: Address, rank_offset: int) -> None: ...
     async def receive_weights(self, version: int) -> list[WeightReceipt]: ...
     async def logprobs(self, tokens: Sequence[int]) -> list[float]: ...
+    async def reside(self, level: Residency) -> None: ...
     async def health(self) -> None: ...
     async def close(self) -> None: ...
 
@@ -66,6 +67,9 @@ class EngineFleet:
 
     async def logprobs(self, tokens: Sequence[int]) -> list[list[float]]:
         return await asyncio.gather(*(engine.logprobs(tokens) for engine in self._engines))
+
+    async def reside(self, level: Residency) -> None:
+        await asyncio.gather(*(engine.reside(level) for engine in self._engines))
 
     async def health(self) -> None:
         await asyncio.gather(*(engine.health() for engine in self._engines))

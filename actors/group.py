@@ -32,7 +32,7 @@ from orchestrator.config import Deadlines
 from orchestrator.examples import Unit
 from orchestrator.placement import Seat
 from orchestrator.rewards import weigh
-from orchestrator.roles import Metrics, WeightReceipt
+from orchestrator.roles import Metrics, Residency, WeightReceipt
 from orchestrator.work import WorkBook, WorkLog
 
 
@@ -129,6 +129,10 @@ class WorkerGroup:
 
     async def health(self) -> None:
         await asyncio.gather(*(w.call(w.handle.health) for w in self.workers))
+
+    async def reside(self, level: Residency) -> None:
+        """All ranks leave their devices, or come back."""
+        await asyncio.gather(*(w.call(w.handle.reside, level) for w in self.workers))
 
     async def describe(self) -> list[Any]:
         """One roster line per worker."""

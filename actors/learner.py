@@ -27,6 +27,7 @@ from actors.worker import Worker
 from orchestrator.batch import Batch, Examples, Experience, Loss, Minibatch
 from orchestrator.collate import take
 from orchestrator.config import Model, Optimizer
+from orchestrator.roles import Residency
 from orchestrator.work import Work
 
 MicroBatches = Sequence[Sequence[int]]  # each a list of positions into the rows of a minibatch or batch
@@ -113,6 +114,9 @@ class Learner(Worker):
             answer = figures(to_device(take(batch, rows or [0]), self.device)).float().cpu()
             answers.append(widen(answer, batch.tokens.shape[1])[: len(rows)])
         return torch.cat(answers)
+
+    def reside(self, level: Residency) -> None:
+        self.backend.residence.move(level)
 
     def save(self, folder: Path) -> None:
         """The whole training state; each rank writes its part."""

@@ -11,6 +11,7 @@ from actors.worker import Worker
 from orchestrator.batch import Batch, Examples
 from orchestrator.collate import take
 from orchestrator.config import Model
+from orchestrator.roles import Residency
 from orchestrator.work import Work
 
 
@@ -25,6 +26,9 @@ class Reference(Worker):
 
     def start(self) -> None:
         self.policy = PolicyModel.load(self.model).to(self.device).requires_grad_(False).eval()
+
+    def reside(self, level: Residency) -> None:
+        self.policy.to("cpu" if level is Residency.ASLEEP else self.device)
 
     def score(self, batch: Batch | Examples, micro_batches: MicroBatches) -> Tensor:
         """[n, T] float32 log-probs of this rank's rows, in the order of the concatenated micro-batches."""

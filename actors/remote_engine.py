@@ -8,7 +8,7 @@ from actors.group import RemoteWorker
 from actors.weights.wire import Address
 from actors.worker import RosterLine
 from orchestrator.batch import Prompt, Rollout
-from orchestrator.roles import Sampling, WeightReceipt
+from orchestrator.roles import Residency, Sampling, WeightReceipt
 
 
 class RemoteEngine:
@@ -38,6 +38,9 @@ class RemoteEngine:
 
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
         return await self._worker.call(self._engine.logprobs, list(tokens))
+
+    async def reside(self, level: Residency) -> None:
+        await self._worker.call(self._engine.reside, level)
 
     async def health(self) -> None:
         await self._worker.call(self._engine.health)

@@ -15,6 +15,7 @@ from actors.worker import Worker
 from orchestrator.batch import Rollout
 from orchestrator.collate import attention, pad
 from orchestrator.config import MODEL, Model
+from orchestrator.roles import Residency
 from orchestrator.work import Work
 
 REWARD_MEAN, REWARD_STD = "reward_mean", "reward_std"  # in config.json, of the scores of held-out rows
@@ -47,6 +48,10 @@ class Judge(Worker):
             self.scorer = scorer.to(self.device).requires_grad_(False).eval()
             if self.normalize:
                 self.mean, self.std = _statistics(scorer, self.model.path)
+
+    def reside(self, level: Residency) -> None:
+        if self.model is not None:
+            self.scorer.to("cpu" if level is Residency.ASLEEP else self.device)
 
     def score_rollouts(self, rollouts: list[Rollout]) -> dict[str, list[float]]:
         """By name, one reward per rollout, as it is: who gathers them refuses what is no finite number."""

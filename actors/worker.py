@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from orchestrator.roles import Residency
 from orchestrator.work import Work
 
 
@@ -126,6 +127,10 @@ class Worker(ABC):
 
     def health(self) -> None:  # noqa: B027
         """Answers when the process is alive and not inside another call."""
+
+    def reside(self, level: Residency) -> None:
+        """Moves what ``level`` does not need to the host's memory, and what it needs back."""
+        raise NotImplementedError(f"{self.role} has no devices that it shares")
 
     def close(self) -> None:  # noqa: B027
         """Lets the model go. The process keeps its group to the end: DeepSpeed takes no second one."""

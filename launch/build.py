@@ -26,11 +26,12 @@ from actors.reference import Reference
 from actors.reward import Judge, RewardLearner
 from actors.worker import RosterLine
 from launch.cluster import Cluster
-from launch.engines import connect_weights, spawn_engines
+from launch.engines import connect_weights, spawn_engines, turn_takers
 from launch.environment import MODEL_ENV, WORKER_ENV
 from orchestrator.config import MODEL, Model, Optimizer, Run, Workers
 from orchestrator.placement import Layout
 from orchestrator.roles import Role, Roles
+from orchestrator.turns import taking_turns
 
 G = TypeVar("G", bound=WorkerGroup)
 
@@ -126,7 +127,7 @@ class Crew:
         handles = await asyncio.gather(*starts.values())
         roles = Roles(**dict(zip(starts, handles, strict=True)))
         await connect_weights(self.run, roles.actor, roles.engine)
-        return roles
+        return taking_turns(roles, turn_takers(self.run))
 
     async def engines(self, model: str) -> EngineFleet:
         engines = spawn_engines(

@@ -28,6 +28,7 @@ def spawn_engines(
                 env={**WORKER_ENV, **environment(run.engine, device)}, deadlines=run.deadlines, book=book,
                 config=run.engine, model=model, revision=run.model.revision, dtype=run.model.dtype,
                 max_length=run.model.max_length, index=index, device=device, transport=transport(run),
+                sleeps=bool(turn_takers(run)),
             )
         )
         for index, seat in enumerate(seats)
@@ -40,6 +41,13 @@ def transport(run: Run) -> Transport:
         return "gloo"
     together = any("actor" in group and "engine" in group for group in run.placement.share)
     return "ipc" if together else "nccl"
+
+
+def turn_takers(run: Run) -> frozenset[str]:
+    """The engine and the roles that share its devices, where they take turns on them."""
+    if not run.placement.take_turns:
+        return frozenset()
+    return frozenset(role for group in run.placement.share if "engine" in group for role in group)
 
 
 async def connect_weights(run: Run, actor: ActorGroup, engines: EngineFleet) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -42,6 +43,22 @@ class Sampling:
 class Role(Protocol):
     async def health(self) -> None: ...
     async def close(self) -> None: ...
+
+
+class Residency(IntEnum):
+    """How much of a role is on its devices."""
+
+    ASLEEP = 0  # nothing: weights and all else wait in the memory of the host
+    WEIGHTS = 1  # what a weight sync needs: no optimizer states, no KV cache
+    AWAKE = 2
+
+
+class Resident(Protocol):
+    """A role that can leave its devices to others."""
+
+    async def reside(self, level: Residency) -> None:
+        """Returns when memory has been freed, or taken again. No other verb is under way."""
+        ...
 
 
 class Scorer(Role, Protocol):

@@ -18,6 +18,7 @@ from actors.actor import Actor
 from actors.backend import _schedule
 from orchestrator.batch import Examples, Loss, Minibatch, PolicyOutput
 from orchestrator.config import Model, Optimizer
+from orchestrator.roles import Residency
 from tests import tiny
 from tests.ranks import Place, Ranks, alone
 
@@ -190,6 +191,33 @@ def resume(place: Place, folder: Path, dtype: str, stage: int, save_to: Path) ->
     same_figures = [second.update(minibatch(), plan) for _ in range(2)] == expected
     weights = whole_weights(first)
     return same_figures and all(torch.equal(weights[n], t) for n, t in whole_weights(second).items())
+
+
+def steps_with_naps(place: Place, folder: Path, dtype: str, stage: int) -> bool:
+    """Two workers take the same steps; one leaves its device before each, and comes back."""
+    plan = [[0, 2], [4]] if place.rank == 0 else [[1, 3], [5]]
+    steady = actor(place, folder, dtype, SCHEDULED | {"zero_stage": stage})
+    expected = [steady.update(minibatch(), plan) for _ in range(3)]
+    sleeper = actor(place, folder, dtype, SCHEDULED | {"zero_stage": stage})
+    figures = []
+    for _ in range(3):
+        for level in (Residency.WEIGHTS, Residency.ASLEEP, Residency.AWAKE):
+            sleeper.reside(level)
+        figures.append(sleeper.update(minibatch(), plan))
+    sleeper.reside(Residency.WEIGHTS)  # enough for a sync and its probe
+    weights = whole_weights(steady)
+    same_weights = all(torch.equal(weights[n], t) for n, t in whole_weights(sleeper).items())
+    return figures == expected and same_weights and sleeper.logprobs([1, 2, 3]) == steady.logprobs([1, 2, 3])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sleep_changes_nothing(folder: Path, dtype: str) -> None:
+    assert steps_with_naps(alone(), folder, dtype, 0)
+
+
+@pytest.mark.parametrize(("dtype", "stage"), [("float32", 1), ("bfloat16", 2)])
+def test_sleep_changes_nothing_on_two_ranks(two_ranks: Ranks, folder: Path, dtype: str, stage: int) -> None:
+    assert two_ranks(steps_with_naps, folder, dtype, stage) == [True, True]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -84,6 +84,19 @@ def test_every_complaint_is_listed_at_once():
             "engine.gpus=3 but engine.replicas=2 x engine.tensor_parallel=2 = 4; set engine.gpus=4, or 0",
         ),
         (["placement.share=[[actor, critic], [critic]]"], "placement.share names 'critic' twice"),
+        (["placement.take_turns=true", "placement.share=[[actor, critic]]"], "no role beside the engine"),
+        (
+            ["placement.take_turns=true", "placement.share=[[actor, engine]]", "rl.staleness=1"],
+            "would have to sample while it sleeps",
+        ),
+        (
+            [
+                "placement.take_turns=true",
+                "placement.share=[[actor, engine]]",
+                "roles.actor.optimizer.zero_stage=3",
+            ],
+            "set zero_stage to 2",
+        ),
         (
             ["placement.share=[[actor, reference]]", "roles.actor.gpus=1"],
             "mixes roles on GPUs and on CPUs {'actor': True, 'reference': False}; give all of them gpus",

@@ -82,7 +82,8 @@ def test_filter_greedy_baseline_several_rewards_muon_and_average_work_together_a
         "train", "quickstart", "remax", f"run_dir={folder}", *SMALL, "reward_model=null",
         "roles.actor.workers=1",
         "roles.reward.functions={exact_match: {}, length: {function: 'tests.fakes:length', weight: -0.5}}",
-        "placement.share=[]", "rl.filter={max_draws: 2}", "rl.shaping={overlong_buffer: 2}",
+        "placement.share=[[engine,actor,reference]]", "placement.take_turns=true",
+        "rl.filter={max_draws: 2}", "rl.shaping={overlong_buffer: 2}",
         "rl.ema_decay=0.5",
         "roles.actor.optimizer={name: muon, learning_rate: 1.0e-4}",
     ]  # fmt: skip

@@ -131,6 +131,9 @@ class EngineConfig(Settings):
 class Placement(Settings):
     share: tuple[tuple[RoleName, ...], ...] = ()
     """Groups of roles that live on the same devices, e.g. [[actor, reference], [critic, reward]]."""
+    take_turns: bool = False
+    """Roles that share devices with the engine sleep in the host's memory while it samples, and it while they
+    work: each can then fill the devices (engine.gpu_memory_fraction). Needs rl.staleness 0."""
     timeout_s: PositiveFloat = 300
     """How long to wait for the cluster to grant the devices before saying what is missing."""
 

@@ -84,6 +84,7 @@ class Run(Settings):
         _check_share(self.placement, self.roles, self.engine)
         if self.rl is not None:
             _check_rl(self, self.rl)
+            _check_turns(self, self.rl)
         return self
 
 
@@ -109,6 +110,28 @@ def _check_share(placement: Placement, roles: RoleTable, engine: EngineConfig) -
             raise ValueError(
                 f"placement.share={list(group)} mixes roles on GPUs and on CPUs {on_gpu}; "
                 "give all of them gpus, or none"
+            )
+
+
+def _check_turns(run: Run, rl: RL) -> None:
+    if not run.placement.take_turns:
+        return
+    together = next((group for group in run.placement.share if "engine" in group), ())
+    if len(together) < 2:
+        raise ValueError(
+            f"placement.take_turns but placement.share={[list(group) for group in run.placement.share]} puts "
+            "no role beside the engine; add a group like [engine, actor], or set placement.take_turns=false"
+        )
+    if rl.staleness:
+        raise ValueError(
+            f"placement.take_turns with rl.staleness={rl.staleness}: the engine would have to sample "
+            "while it sleeps; set rl.staleness=0, or give the engine devices of its own"
+        )
+    for name, role in (("actor", run.roles.actor), ("critic", run.roles.critic)):
+        if role is not None and name in together and role.optimizer.zero_stage == 3:
+            raise ValueError(
+                f"placement.take_turns with roles.{name}.optimizer.zero_stage=3: DeepSpeed moves the "
+                "optimizer states of ZeRO-3 only for its own FusedAdam; set zero_stage to 2"
             )
 
 

@@ -6,9 +6,11 @@
 ``--peers`` holds the baseline scripts ``trl_grpo.py`` and ``trl_ppo.py`` (one JSON line each);
 ``--trl-python`` is the interpreter of an environment with TRL (1.16.0 for GRPO; 1.12.0, the last with PPO,
 for PPO). Both sides: a Qwen2 of 0.9M parameters over bytes, 8 prompts x 4 samples x at most 64 tokens,
-float32, one optimizer step per step, both cores. Quartet runs twice each time: synchronously, and with
-``rl.staleness=1``, where the next batch is sampled while the last is trained on. A run counts by the median
-of its warm steps; the result is the median over runs with its spread, and the ratio of each pair.
+float32, one optimizer step per step, both cores. Quartet runs in several modes each time: synchronously; with
+``rl.staleness=1``, where the next batch is sampled while the last is trained on; and so with
+``rl.updates.old_logprobs=rollout``, which takes the engine's log-probs instead of asking the actor. A run
+counts by the median of its warm steps; the result is the median over runs with its spread, and the ratio of
+each pair.
 """
 
 import argparse
@@ -19,6 +21,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+MODES = {
+    "synchronous": ("rl.staleness=0",),
+    "staleness_1": ("rl.staleness=1",),
+    "staleness_1_rollout_logprobs": ("rl.staleness=1", "rl.updates.old_logprobs=rollout"),
+}
 WARM_UP = 3  # steps at the start of a run that do not count, on either side
 
 MODEL = {
@@ -54,7 +61,7 @@ def make_model(folder: Path, *, classifier: bool = False) -> None:
     )
 
 
-def quartet_step(work: Path, algorithm: str, steps: int, staleness: int) -> float:
+def quartet_step(work: Path, algorithm: str, steps: int, mode: str) -> float:
     """Median seconds of the warm steps of one run."""
     prompts = work / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Write many e {i:03d}: "}) + "\n" for i in range(64)))
@@ -72,7 +79,7 @@ def quartet_step(work: Path, algorithm: str, steps: int, staleness: int) -> floa
         f"rl.algorithm.name={algorithm}", f"rl.algorithm.kl_coef={0.05 if algorithm == 'ppo' else 0}",
         *(f"roles.{role}.cpus_per_worker=0.3" for role in roles), "engine.cpus_per_worker=0.3",
         "roles.actor.optimizer.learning_rate=1e-3", "roles.critic.optimizer.learning_rate=1e-3",
-        f"roles.actor.threads={1 if staleness or algorithm == 'ppo' else 2}", f"rl.staleness={staleness}",
+        f"roles.actor.threads={2 if mode == 'synchronous' and algorithm == 'grpo' else 1}", *MODES[mode],
         "engine.eager=false",
     ]  # fmt: skip
     command = [
@@ -117,6 +124,7 @@ def main() -> None:
     parser.add_argument("--algorithm", choices=["grpo", "ppo"], required=True)
     parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL")
     parser.add_argument("--peers", type=Path, required=True, help="folder with the baseline scripts")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
@@ -124,10 +132,10 @@ def main() -> None:
         work = Path(folder)
         make_model(work / "model")
         make_model(work / "scorer", classifier=True)
-        seconds: dict[str, list[float]] = {"synchronous": [], "staleness_1": [], "trl": []}
+        seconds: dict[str, list[float]] = {name: [] for name in [*args.modes, "trl"]}
         for run in range(args.runs):
-            for staleness, mode in enumerate(["synchronous", "staleness_1"]):
-                seconds[mode].append(quartet_step(work, args.algorithm, args.steps, staleness))
+            for mode in args.modes:
+                seconds[mode].append(quartet_step(work, args.algorithm, args.steps, mode))
             seconds["trl"].append(trl_step(work, args.algorithm, args.steps, args))
             figures = "  ".join(f"{name} {values[-1]:.3f} s" for name, values in seconds.items())
             print(f"run {run + 1}: {figures}", file=sys.stderr, flush=True)
@@ -136,7 +144,7 @@ def main() -> None:
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "speedup": {
             mode: spread([t / o for o, t in zip(seconds[mode], seconds["trl"], strict=True)])
-            for mode in ("synchronous", "staleness_1")
+            for mode in args.modes
         },
     }  # fmt: skip
     print(json.dumps(report, indent=1))

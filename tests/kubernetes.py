@@ -7,6 +7,8 @@ that has a default is never missing, because the server fills defaults in first.
 
 import functools
 import gzip
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +52,19 @@ def strict(schema: Any) -> Any:
 
 
 @functools.cache
-def validator(kind: str) -> Draft202012Validator:
+def structural(kind: str) -> Any:
+    """The schema as KubeRay publishes it."""
     file = CRDS / f"{kind.lower()}s.yaml.gz"
     if not file.exists():
         pytest.skip(f"KubeRay's schema of {kind} is not beside this checkout: {file.name}")
     crd = yaml.load(gzip.decompress(file.read_bytes()), Loader=Loader)
     version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
-    schema = strict(version["schema"]["openAPIV3Schema"])
+    return version["schema"]["openAPIV3Schema"]
+
+
+@functools.cache
+def validator(kind: str) -> Draft202012Validator:
+    schema = strict(structural(kind))
     schema["properties"] |= {
         "metadata": METADATA, "apiVersion": {"const": "ray.io/v1"}, "kind": {"const": kind}
     }  # fmt: skip
@@ -64,9 +72,38 @@ def validator(kind: str) -> Draft202012Validator:
 
 
 def errors(document: dict[str, Any]) -> list[str]:
-    """Every violation, e.g. "spec/suspend: 'yes' is not of type 'boolean'"."""
-    found = validator(document["kind"]).iter_errors(document)
-    return [f"{'/'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
+    """Every violation of the schema, or else of its rules, e.g. "spec/suspend: 'yes' is not of type
+    'boolean'"."""
+    kind = document["kind"]
+    found = validator(kind).iter_errors(document)
+    wrong = [f"{'/'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
+    return wrong or list(broken_rules(structural(kind), document, ""))
+
+
+def broken_rules(schema: Any, value: Any, path: str) -> Iterator[str]:
+    """The CEL rules (x-kubernetes-validations) of a new object; rules of a change speak of oldSelf."""
+    for rule in schema.get("x-kubernetes-validations", []):
+        if "oldSelf" not in rule["rule"] and not holds(rule["rule"], value):
+            yield f"{path}: {rule['message']}"
+    if isinstance(value, dict):
+        for key, item in value.items():
+            inner = schema.get("properties", {}).get(key) or schema.get("additionalProperties")
+            if isinstance(inner, dict):
+                yield from broken_rules(inner, item, f"{path}/{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from broken_rules(schema.get("items", {}), item, f"{path}/{index}")
+
+
+def holds(rule: str, value: Any) -> bool:
+    """One CEL rule of the small part that KubeRay's CRDs use: has, in, ==, !, && and ||. AssertionError for
+    any other."""
+    words = re.sub(r"'[^']*'", "", rule)
+    words = re.sub(r"has\(self\.\w+\)|\bself\b|\bin\b", "", words)
+    assert not words.strip(" ()[],!&|="), f"no evaluator for the CEL rule {rule}"
+    python = re.sub(r"has\(self\.(\w+)\)", r"('\1' in self)", rule)
+    python = re.sub(r"!(?!=)", " not ", python).replace("&&", " and ").replace("||", " or ")
+    return bool(eval(python.strip(), {"__builtins__": {}}, {"self": value}))
 
 
 def references(document: Any) -> set[tuple[str, str]]:

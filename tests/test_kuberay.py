@@ -109,6 +109,34 @@ def test_a_renamed_key_or_a_wrong_type_anywhere_is_seen_by_the_schema():
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("managedBy", "me", "the managedBy field value must be either"),
+        ("managedBy", "kueue.x-k8s.io/multikueue", None),
+        (
+            "deletionStrategy",
+            {"onSuccess": {"policy": "DeleteSelf"}},
+            "requires either BOTH onSuccess and onFai",
+        ),
+        (
+            "deletionStrategy",
+            {"deletionRules": [{"policy": "DeleteSelf", "condition": {"ttlSeconds": 5}}]},
+            "requires either the JobStatus or",
+        ),
+        (
+            "deletionStrategy",
+            {"deletionRules": [{"policy": "DeleteSelf", "condition": {"jobStatus": "FAILED"}}]},
+            None,
+        ),
+    ],
+)
+def test_the_rules_of_the_crd_are_asked_too(field, value, said):
+    rayjob = rendered(None)[0][-1]
+    rayjob["spec"][field] = value
+    assert [said in line for line in kubernetes.errors(rayjob)] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
     ("path", "value", "said"),
     [
         (("metadata", "name"), "a" * 48, "DNS-1035"),

@@ -62,6 +62,8 @@ def main(run: Run, arguments: argparse.Namespace) -> int:
         f"\n{best.num_divisions} layouts of {cluster.text}: {best.num_fitting} fit, "
         f"{best.num_simulated} simulated"
     )
+    if best.why_none:
+        print(f"the nearest one: {best.why_none}")
     for number, (candidate, prediction) in enumerate(best.best, start=1):
         text = yaml.safe_dump(candidate.tree, sort_keys=False)
         print(f"\n# layout {number}: quartet train RUN plan-{number}.yaml")

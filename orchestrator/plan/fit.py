@@ -116,10 +116,15 @@ def _parallelism(plan: Planned, stage: Stage) -> Iterator[str]:
     kind = "GPUs" if not cluster.device.is_cpu else "CPUs"
     for role in stage.roles:
         gpus = run.engine.gpus if role == "engine" else getattr(run.roles, role).gpus
+        field = "engine" if role == "engine" else f"roles.{role}"
         if cluster.device.is_cpu and gpus:
-            field = "engine" if role == "engine" else f"roles.{role}"
-            yield f"{field}.gpus={gpus} on a cluster of {kind} ({cluster.text}); give a cluster with GPUs, "
-            "or gpus: 0"
+            yield (
+                f"{field}.gpus={gpus} on a cluster of {kind} ({cluster.text}); give a cluster with GPUs, "
+                "or gpus: 0"
+            )
+            return
+        if not cluster.device.is_cpu and not gpus and role in ("actor", "engine"):
+            yield f"{field}.gpus=0 on a cluster of {kind} ({cluster.text}); set it, or take a layout below"
             return
     cpus = float(cluster.per_node) if cluster.device.is_cpu else float("inf")
     node = {"CPU": cpus, "GPU": 0.0 if cluster.device.is_cpu else float(cluster.per_node)}
@@ -211,11 +216,11 @@ def _remedy(plan: Planned, stage: str) -> str:
     run = plan.run
     together: list[str] = []
     while True:
-        better = [(_excess(plan, changed, stage), text, changed) for text, changed in _knobs(run)]
+        better = [(excess_bytes(plan, changed, stage), text, changed) for text, changed in _knobs(run)]
         if not better:
             break
         excess, text, changed = min(better, key=lambda entry: entry[0])
-        if excess >= _excess(plan, run, stage):
+        if excess >= excess_bytes(plan, run, stage):
             break
         run, together = changed, [*together, text]
         if _fits_with(plan, run, stage):
@@ -223,7 +228,7 @@ def _remedy(plan: Planned, stage: str) -> str:
     return "no knob makes it fit: take devices with more memory, or a smaller model"
 
 
-def _excess(plan: Planned, run: Run, stage: str) -> float:
+def excess_bytes(plan: Planned, run: Run, stage: str) -> float:
     """Bytes over the capacity in all kinds of devices, at least; infinite for what cannot be placed."""
     found = _stage_fit(plan, run, stage)
     if found is None or found.complaints:

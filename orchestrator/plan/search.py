@@ -9,13 +9,13 @@ FINALISTS are simulated. So the work grows with the number of divisions, which i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.config import Run
 from orchestrator.configfile import merged
-from orchestrator.plan.fit import Planned, fits
+from orchestrator.plan.fit import Planned, excess_bytes, fits, why_not
 from orchestrator.plan.predict import Prediction, estimate, predict
 from orchestrator.plan.service import Rates
 from orchestrator.plan.shapes import check_parallel
@@ -43,6 +43,7 @@ class Found:
     num_divisions: int
     num_fitting: int
     num_simulated: int
+    why_none: str | None  # where nothing fits: what the layout that is nearest to fitting lacks
 
 
 def search(plan: Planned, rates: Rates, *, top: int) -> Found:
@@ -55,11 +56,19 @@ def search(plan: Planned, rates: Rates, *, top: int) -> Found:
     judged = [(candidate, predict(replace(plan, run=candidate.run), rates)) for candidate in ranked]
     judged.sort(key=lambda pair: pair[1].step_s)
     return Found(
-        best=tuple(judged[:top]),
-        num_divisions=len(divisions),
-        num_fitting=len(fitting),
-        num_simulated=len(ranked),
-    )
+        best=tuple(judged[:top]), num_divisions=len(divisions), num_fitting=len(fitting),
+        num_simulated=len(ranked), why_none=None if fitting else _why_none(plan, divisions),
+    )  # fmt: skip
+
+
+def _why_none(plan: Planned, divisions: Sequence[Tree]) -> str | None:
+    """With the settings that save the most memory, of the division that is the fewest bytes over."""
+    runs = [laid_on(plan.run, merged(tree, list(_memory_settings(plan, tree))[-1])) for tree in divisions]
+    if not runs:
+        return None
+    near = replace(plan, run=min(runs, key=lambda run: excess_bytes(plan, run, "rl")))
+    (found,) = [fit for fit in fits(near) if fit.stage.name == "rl"]
+    return why_not(near, found)
 
 
 def laid_on(run: Run, tree: Tree) -> Run:

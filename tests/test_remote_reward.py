@@ -2,21 +2,28 @@
 
 import contextlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 import uvicorn
+from transformers import LlamaForSequenceClassification
 
 from actors import remote_reward
 from actors.remote_reward import CHUNK, RemoteReward
 from actors.reward import Judge
 from actors.reward_function import find_reward_function
 from launch.serve_reward import application, read_token
+from tests import tiny
 from tests.fakes import prompt, rollout
-from tests.ray_head import free_port
+from tests.models import byte_tokenizer
+from tests.ray_head import ROOT, free_port
 
 
 @contextlib.contextmanager
@@ -160,3 +167,45 @@ def test_a_service_beyond_the_loopback_needs_a_token(monkeypatch):
     assert read_token(None, "127.0.0.1") is None
     with pytest.raises(ValueError, match="--token-file"):
         read_token(None, "0.0.0.0")
+
+
+@pytest.fixture
+def reward_model(tmp_path):
+    """A classifier with one label and random weights, and its tokenizer, in a folder."""
+    tokenizer = byte_tokenizer()
+    config = tiny.llama(vocab=len(tokenizer) + 1)
+    config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
+    torch.manual_seed(3)
+    model = LlamaForSequenceClassification(config).eval()
+    model.score.weight.data.normal_()
+    model.save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    return tmp_path / "reward", model, tokenizer
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_reward_model_whose_scores_are_transformers_own(reward_model, tmp_path):
+    folder, model, tokenizer = reward_model
+    (tmp_path / "token").write_text("of-the-service")
+    port = free_port()
+    command = [sys.executable, "-m", "launch.cli", "serve-reward", str(folder), "--port", str(port)]
+    command += ["--dtype", "float32", "--max-length", "64", "--micro-batch-tokens", "40"]
+    command += ["--token-file", str(tmp_path / "token")]
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    ) as server:  # fmt: skip
+        try:
+            client = RemoteReward([f"http://127.0.0.1:{port}"], token="of-the-service")
+            questions = [("x" * k, "2+2=", None) for k in range(1, 30)]
+            scores = client.score_all(questions)  # asks again until the server is up
+            with pytest.raises(ValueError, match="QUARTET_REWARD_TOKEN"):
+                RemoteReward([f"http://127.0.0.1:{port}"], token="another").score_all(questions[:1])
+        finally:
+            server.terminate()
+            said = server.communicate(timeout=30)[0]
+    assert "of-the-service" not in said
+    for (response, asked, _), score in zip(questions, scores, strict=True):
+        tokens = torch.tensor([[*tokenizer(asked + response).input_ids, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            assert score == pytest.approx(model(tokens).logits.item(), rel=1e-4, abs=1e-5)

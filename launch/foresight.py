@@ -11,8 +11,9 @@ import psutil
 
 from orchestrator.config import Run, Workers
 from orchestrator.plan.devices import DEVICES, Cluster, Device
-from orchestrator.plan.fit import Planned, fits, why_not
+from orchestrator.plan.fit import Planned, fits
 from orchestrator.plan.memory import Overheads
+from orchestrator.plan.remedy import why_not
 from orchestrator.plan.shapes import Shape, named_shape, read_shape
 from orchestrator.plan.stages import Shapes
 from orchestrator.plan.workload import Workload, workload

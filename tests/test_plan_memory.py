@@ -12,8 +12,9 @@ from launch.cli import main
 from launch.foresight import refuse_what_cannot_fit
 from orchestrator.config import Run
 from orchestrator.plan.devices import DEVICES, GIB, parse_cluster
-from orchestrator.plan.fit import Planned, fits, why_not
+from orchestrator.plan.fit import Planned, fits
 from orchestrator.plan.memory import Overheads
+from orchestrator.plan.remedy import why_not
 from orchestrator.plan.shapes import NAMED, check_parallel, named_shape, read_shape, shape_of
 from orchestrator.plan.stages import Shapes
 from orchestrator.plan.workload import workload
@@ -203,3 +204,21 @@ def test_memory_of_the_host_counts_what_passes_through_it():
     assert host.capacity == 8 * 240 * GIB
     loading = next(part for part in host.parts if part.name == "actor: loading")
     assert loading.bytes == 4 * 2 * 7_615_616_512
+
+
+def test_roles_that_take_turns_need_not_fit_at_once():
+    """7B on one H200: 0.8 of it for the engine beside 20 bytes a parameter of training do not fit, in turns
+    they do. What sleeps waits in the host's memory: weights 2, masters and moments 12, gradients 8 bytes a
+    parameter."""
+    fields = {
+        "roles": {"actor": {"gpus": 4, "micro_batch_tokens": 4096}, "reward": {"function": "exact_match"}},
+        "engine": {"replicas": 4, "gpus": 4},
+        "rl": {"algorithm": {"name": "grpo"}, "sampling": {"max_new_tokens": 1024}},
+    }
+    together = grpo(**fields, placement={"share": [["actor", "engine"]]})
+    turns = grpo(**fields, placement={"share": [["actor", "engine"]], "take_turns": True})
+    assert fits(planned(together, "1x4xH200"))[0].cannot
+    (found,) = fits(planned(turns, "1x4xH200"))
+    assert not found.cannot
+    asleep = next(part for part in found.pools[-1].parts if part.name == "actor: asleep")
+    assert asleep.bytes == 4 * (2 + 20 / 4) * 7_615_616_512

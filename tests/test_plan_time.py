@@ -157,6 +157,17 @@ def test_shared_devices_take_turns_also_with_staleness():
     assert simulate(planned(shared), rates).step_s == pytest.approx(16.0)
 
 
+def test_taking_turns_costs_the_moves():
+    """Generation 10 s, update 6 s, and 1e9 bytes of the actor's and 0.9e9 of the engine's each way, three
+    turns a step: longer than 16 s, by what 494,032,768 parameters take at 25 GB/s."""
+    run = small_run()
+    placement = {"share": (("actor", "engine"),), "take_turns": True}
+    turns = run.model_copy(update={"placement": run.placement.model_copy(update=placement)})
+    found = simulate(planned(turns), replace(FREE, iteration_s=10.0, update_s=6.0))
+    moved = 494_032_768 * (22 + 2) / 25e9  # all of both sides, at least once
+    assert 16.0 + moved / 2 < found.step_s < 28.0
+
+
 def test_more_updates_of_a_batch_cost_more():
     rates = replace(FREE, update_s=2.0)
     assert simulate(planned(small_run(updates={"minibatches": 4})), rates).step_s == pytest.approx(8.0)

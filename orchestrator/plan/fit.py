@@ -4,11 +4,11 @@ are tried, not guessed."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from orchestrator.config import Run
 from orchestrator.placement import layout, shortage
-from orchestrator.plan.devices import GIB, Cluster
+from orchestrator.plan.devices import Cluster
 from orchestrator.plan.memory import (
     Overheads,
     Part,
@@ -23,6 +23,9 @@ from orchestrator.plan.memory import (
 from orchestrator.plan.shapes import Shape, check_parallel
 from orchestrator.plan.stages import Shapes, Stage, stages
 from orchestrator.plan.workload import Workload
+
+STAYS = ("CUDA context", "CUDA graphs")  # on the device, of a role that sleeps
+SLEEPS = ("parameters", "optimizer", "gradients")  # in the host's memory meanwhile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,15 +161,33 @@ def _device_pools(plan: Planned, stage: Stage, workers: dict[str, WorkerMemory])
             counted[here] = counted.get(here, 0) + int(bundle.get("GPU", 0))
         for here, count in counted.items():
             if here and count:
-                parts = [part for role in here for part in _labelled(role, workers[role].device)]
                 where = f"each of {count} {plan.cluster.device.name} of {', '.join(here)}"
                 capacity = float(plan.cluster.device.memory)
-                yield Pool(
-                    where=where,
-                    capacity=capacity,
-                    workers=tuple(workers[r] for r in here),
-                    parts=tuple(parts),
-                )
+                living = tuple(workers[role] for role in here)
+                for when, parts in _turns(plan.run, here, workers):
+                    yield Pool(where=where + when, capacity=capacity, workers=living, parts=tuple(parts))
+
+
+def _turns(
+    run: Run, here: Sequence[str], workers: dict[str, WorkerMemory]
+) -> Iterator[tuple[str, list[Part]]]:
+    """What lies on a device at once: all of everybody; or, where roles take turns with the engine
+    (orchestrator/turns.py), one side whole and of the other what no process can give away."""
+    if not (run.placement.take_turns and "engine" in here and len(here) > 1):
+        yield "", [part for role in here for part in _labelled(role, workers[role].device)]
+        return
+    for when, engine_awake in ((" while the engine samples", True), (" while the others work", False)):
+        parts: list[Part] = []
+        for role in here:
+            awake = (role == "engine") is engine_awake
+            own = [part for part in workers[role].device if awake or part.name in STAYS]
+            parts += _labelled(role, own)
+        yield when, parts
+
+
+def asleep_bytes(worker: WorkerMemory) -> float:
+    """What of a worker waits in the memory of the host while it sleeps."""
+    return sum(part.bytes for part in worker.device if part.name in SLEEPS)
 
 
 def _labelled(role: str, parts: Sequence[Part]) -> list[Part]:
@@ -184,117 +205,14 @@ def _host_pool(plan: Planned, stage: Stage, workers: dict[str, WorkerMemory]) ->
             Part(name=f"{role}: {part.name}", bytes=part.bytes * share * tp, spread=part.spread)
             for part in worker.host
         ]
+        if plan.run.placement.take_turns and any(
+            {"engine", role} <= set(g) for g in plan.run.placement.share
+        ):
+            asleep = asleep_bytes(worker) * share * tp
+            parts.append(Part(name=f"{role}: asleep", bytes=asleep, spread=0.1))
     spread = 0.1 if plan.overheads.measured else 0.4
     parts.append(Part(name="driver and Ray", bytes=plan.overheads.process["driver"], spread=spread))
     return Pool(
         where="the memory of a node", capacity=float(plan.cluster.host_memory),
         workers=tuple(workers.values()), parts=tuple(parts),
     )  # fmt: skip
-
-
-def why_not(plan: Planned, found: Fit) -> str | None:
-    """What cannot fit and which knob makes it fit; None when nothing says that it cannot."""
-    if found.complaints:
-        return f"stage {found.stage.name}: {found.complaints[0]}"
-    for pool in found.pools:
-        if pool.cannot:
-            largest = sorted(pool.parts, key=lambda part: -part.bytes)[:3]
-            names = ", ".join(f"{part.name} {part.bytes / GIB:.3g}" for part in largest)
-            return (
-                f"stage {found.stage.name} wants at least {low(pool.parts) / GIB:.3g} GiB of {pool.where}, "
-                "which has "
-                f"{pool.capacity / GIB:.3g} (largest: {names}); {_remedy(plan, found.stage.name)}"
-            )
-    return None
-
-
-def _remedy(plan: Planned, stage: str) -> str:
-    """The knobs that make the stage fit, fewest first: each alone, then each on top of those before it."""
-    alone = [text for text, run in _knobs(plan.run) if _fits_with(plan, run, stage)]
-    if alone:
-        return "fits with " + ", or ".join(alone[:3])
-    run = plan.run
-    together: list[str] = []
-    while True:
-        better = [(excess_bytes(plan, changed, stage), text, changed) for text, changed in _knobs(run)]
-        if not better:
-            break
-        excess, text, changed = min(better, key=lambda entry: entry[0])
-        if excess >= excess_bytes(plan, run, stage):
-            break
-        run, together = changed, [*together, text]
-        if _fits_with(plan, run, stage):
-            return "fits with " + " and ".join(together)
-    return "no knob makes it fit: take devices with more memory, or a smaller model"
-
-
-def excess_bytes(plan: Planned, run: Run, stage: str) -> float:
-    """Bytes over the capacity in all kinds of devices, at least; infinite for what cannot be placed."""
-    found = _stage_fit(plan, run, stage)
-    if found is None or found.complaints:
-        return float("inf")
-    return sum(max(0.0, low(pool.parts) - pool.capacity) for pool in found.pools)
-
-
-def _stage_fit(plan: Planned, run: Run, stage: str) -> Fit | None:
-    return next((found for found in fits(replace(plan, run=run)) if found.stage.name == stage), None)
-
-
-def _fits_with(plan: Planned, run: Run, stage: str) -> bool:
-    found = _stage_fit(plan, run, stage)
-    return found is not None and not found.cannot
-
-
-def _knobs(run: Run) -> Iterator[tuple[str, Run]]:
-    """Changes as the YAML fields they are, the cheapest first."""
-    if not run.model.gradient_checkpointing:
-        model = run.model.model_copy(update={"gradient_checkpointing": True})
-        yield "model.gradient_checkpointing=true", run.model_copy(update={"model": model})
-    yield from _role_knobs(run)
-    if run.engine.gpus:
-        yield from _engine_knobs(run)
-    if run.placement.share:
-        placement = run.placement.model_copy(update={"share": ()})
-        yield "placement.share=[]", run.model_copy(update={"placement": placement})
-    if run.model.dtype == "float32":
-        model = run.model.model_copy(update={"dtype": "bfloat16"})
-        yield "model.dtype=bfloat16", run.model_copy(update={"model": model})
-
-
-def _role_knobs(run: Run) -> Iterator[tuple[str, Run]]:
-    present = [role for role in ("actor", "critic", "reward", "reference") if getattr(run.roles, role)]
-    trained = [role for role in present if role in ("actor", "critic")]
-    smallest = run.model.max_length
-    for role in present:
-        if getattr(run.roles, role).micro_batch_tokens > smallest:
-            field = f"roles.{role}.micro_batch_tokens={smallest}"
-            yield field, with_role(run, role, {"micro_batch_tokens": smallest})
-    for role in trained:
-        own = getattr(run.roles, role)
-        if own.optimizer.zero_stage < 3 and own.num_workers > 1:
-            optimizer = own.optimizer.model_copy(update={"zero_stage": 3})
-            yield f"roles.{role}.optimizer.zero_stage=3", with_role(run, role, {"optimizer": optimizer})
-    for role in trained:
-        gpus = getattr(run.roles, role).gpus
-        for times in (2, 4, 8):
-            if gpus:
-                yield f"roles.{role}.gpus={gpus * times}", with_role(run, role, {"gpus": gpus * times})
-
-
-def _engine_knobs(run: Run) -> Iterator[tuple[str, Run]]:
-    def changed(update: dict[str, object]) -> Run:
-        return run.model_copy(update={"engine": run.engine.model_copy(update=update)})
-
-    for fraction in (0.6, 0.4, 0.25):
-        if run.engine.kv_cache_mb is None and fraction < run.engine.gpu_memory_fraction:
-            yield f"engine.gpu_memory_fraction={fraction}", changed({"gpu_memory_fraction": fraction})
-    for tp in (2, 4, 8):
-        if tp > run.engine.tensor_parallel:
-            text = f"engine.tensor_parallel={tp} (engine.gpus={run.engine.replicas * tp})"
-            yield text, changed({"tensor_parallel": tp, "gpus": run.engine.replicas * tp})
-
-
-def with_role(run: Run, role: str, changes: dict[str, object]) -> Run:
-    """The run with these fields of a role changed."""
-    own = getattr(run.roles, role).model_copy(update=changes)
-    return run.model_copy(update={"roles": run.roles.model_copy(update={role: own})})

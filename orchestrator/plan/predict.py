@@ -11,8 +11,8 @@ from orchestrator.driver_state import DriverState
 from orchestrator.ledger import Ledger
 from orchestrator.loop import train
 from orchestrator.placement import layout
-from orchestrator.plan.fit import Planned, setting_of
-from orchestrator.plan.memory import Job, kv_capacity
+from orchestrator.plan.fit import Planned, asleep_bytes, setting_of
+from orchestrator.plan.memory import Job, kv_capacity, worker_memory
 from orchestrator.plan.service import Rates, Service
 from orchestrator.plan.simulated import (
     Seats,
@@ -31,6 +31,7 @@ from orchestrator.roles import Metrics, Roles
 from orchestrator.shaping import RunningStats
 from orchestrator.timed import timed
 from orchestrator.timeline import StepTimes, Timeline
+from orchestrator.turns import taking_turns
 
 PERIODS = 2  # of staleness + 1 steps each, in which the schedule repeats; after as many that fill it
 PROBE_TOKENS = 64  # launch/rl_stage.py
@@ -106,6 +107,9 @@ async def _simulate(plan: Planned, stage: Stage, rates: Rates, workload: Workloa
     loop = asyncio.get_running_loop()
     timeline = Timeline(clock=loop.time)
     places, roles = build(plan, stage, rates, workload)
+    if plan.run.placement.take_turns:
+        share = plan.run.placement.share
+        roles = taking_turns(roles, frozenset(role for g in share if "engine" in g for role in g))
     record = _Record(timeline)
     prompts = [
         Prompt(uid=f"0/{row}", row=row, tokens=(workload.prompt,), text="", label=None)
@@ -218,6 +222,9 @@ def build(
         if "reference" in jobs
         else None,
     )
+    for name, role in roles.all():
+        worker = worker_memory(setting, jobs[name])
+        role.resident_bytes = asleep_bytes(worker)  # type: ignore[attr-defined]
     return places, roles
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.config import Run
 from orchestrator.configfile import merged
-from orchestrator.plan.fit import Planned, excess_bytes, fits, why_not
+from orchestrator.plan.fit import Planned, fits
 from orchestrator.plan.predict import Prediction, estimate, predict
+from orchestrator.plan.remedy import excess_bytes, why_not
 from orchestrator.plan.service import Rates
 from orchestrator.plan.shapes import check_parallel
 
@@ -63,7 +65,10 @@ def search(plan: Planned, rates: Rates, *, top: int) -> Found:
 
 def _why_none(plan: Planned, divisions: Sequence[Tree]) -> str | None:
     """With the settings that save the most memory, of the division that is the fewest bytes over."""
-    runs = [laid_on(plan.run, merged(tree, list(_memory_settings(plan, tree))[-1])) for tree in divisions]
+    runs = []
+    for tree in divisions:
+        with suppress(ValueError):  # e.g. a staleness that the run's other settings forbid
+            runs.append(laid_on(plan.run, merged(tree, list(_memory_settings(plan, tree))[-1])))
     if not runs:
         return None
     near = replace(plan, run=min(runs, key=lambda run: excess_bytes(plan, run, "rl")))
@@ -84,11 +89,13 @@ def laid_on(run: Run, tree: Tree) -> Run:
 
 
 def _divisions(plan: Planned) -> Iterator[Tree]:
-    """Every way to divide the devices, with each staleness."""
+    """Every way to divide the devices, with each staleness that it allows."""
     assert plan.run.rl is not None
     staleness = sorted({0, 1, plan.run.rl.staleness})
     layouts = list(_core_layouts(plan) if plan.cluster.device.is_cpu else _gpu_layouts(plan))
     for layout, stale in itertools.product(layouts, staleness):
+        if stale and layout.get("placement", {}).get("take_turns"):
+            continue  # the engine cannot sample while it sleeps
         yield merged(layout, {"rl": {"staleness": stale}})
 
 
@@ -112,6 +119,7 @@ def _gpu_layouts(plan: Planned) -> Iterator[Tree]:
             continue
         if devices % tp == 0:
             yield _together(devices, tp, others)
+            yield merged(_together(devices, tp, others), {"placement": {"take_turns": True}})
         sizes = {max(tp, round(devices * share / tp) * tp) for share in ENGINE_SHARES}
         for engine in sorted(size for size in sizes if size < devices):
             yield _beside(engine, devices - engine, tp, others)
@@ -141,7 +149,8 @@ def _engine(gpus: int, tp: int) -> Tree:
 
 
 def _together(devices: int, tp: int, roles: list[str]) -> Tree:
-    """Everybody on every device; the engine's share of the memory is found with the rest."""
+    """Everybody on every device; the engine's share of the memory is found with the rest. Who takes turns
+    moves its states to the host's memory and back (offload), and has all of the device meanwhile."""
     tree = _beside(devices, devices, tp, roles)
     return merged(tree, {"placement": {"share": [[*roles, "engine"]]}})
 
@@ -151,7 +160,7 @@ def _beside(engine: int, training: int, tp: int, roles: list[str]) -> Tree:
     return {
         "engine": _engine(engine, tp),
         "roles": {role: {"gpus": training} for role in roles},
-        "placement": {"share": [roles] if len(roles) > 1 else []},
+        "placement": {"share": [roles] if len(roles) > 1 else [], "take_turns": False},
     }
 
 
@@ -166,7 +175,7 @@ def _apart(engine: int, training: int, tp: int, roles: list[str]) -> Tree:
     sizes["actor"] += left % len(trained)
     return {
         "engine": _engine(engine, tp), "roles": {role: {"gpus": size} for role, size in sizes.items()},
-        "placement": {"share": []},
+        "placement": {"share": [], "take_turns": False},
     }  # fmt: skip
 
 
@@ -192,9 +201,11 @@ def _memory_settings(plan: Planned, tree: Tree) -> Iterator[Tree]:
     trained = [role for role in TRAINED if role in tree["roles"]]
     longest = plan.run.model.max_length
     shared = any("engine" in group for group in tree["placement"]["share"])
-    fractions = (0.5, 0.35, 0.25) if shared else (plan.run.engine.gpu_memory_fraction,)
+    turns = tree["placement"].get("take_turns", False)
+    zero_stages = (2,) if turns else (2, 3)
+    fractions = (0.5, 0.35, 0.25) if shared and not turns else (plan.run.engine.gpu_memory_fraction,)
     for stage, recompute, sequences, fraction in itertools.product(
-        (2, 3), (False, True), (8, 4, 1), fractions
+        zero_stages, (False, True), (8, 4, 1), fractions
     ):
         yield {
             "model": {"gradient_checkpointing": recompute},

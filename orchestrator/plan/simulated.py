@@ -29,7 +29,7 @@ from orchestrator.ledger import sample_seed
 from orchestrator.plan.service import Service
 from orchestrator.plan.virtual import Place
 from orchestrator.plan.workload import Workload
-from orchestrator.roles import Metrics, Sampling, WeightReceipt
+from orchestrator.roles import Metrics, Residency, Sampling, WeightReceipt
 
 CHUNKS = 24  # looks of an engine at its queue in the longest response; more only cost time
 
@@ -50,8 +50,17 @@ class Seats:
             await asyncio.gather(*(place.work(seconds, phase, self.demand) for place in self.places))
 
 
+HOST_LINK = 25e9  # bytes/s between a device and its host's memory: half of what PCIe 5 x16 carries
+
+
 class _Alive:
-    """Health and close: nothing to check or end."""
+    """Health and close: nothing to check or end. ``resident_bytes`` are what moves when it leaves the
+    device."""
+
+    resident_bytes = 0.0
+
+    async def reside(self, level: Residency) -> None:
+        await asyncio.sleep(self.resident_bytes / HOST_LINK)
 
     async def health(self) -> None:
         pass

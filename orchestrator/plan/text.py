@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from orchestrator.plan.devices import GIB
-from orchestrator.plan.fit import Fit, Planned, Pool, why_not
+from orchestrator.plan.fit import Fit, Planned, Pool
 from orchestrator.plan.memory import high, low, total
 from orchestrator.plan.predict import Prediction
+from orchestrator.plan.remedy import why_not
 from orchestrator.plan.service import Rates
 
 SMALL = 0.01  # of the capacity: parts below it go into one line

@@ -89,6 +89,21 @@ def test_plain_k1_in_the_loss_is_refused():
         GRPO(kl_coef=0.1, kl_estimator="k1")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"kl_weighted": True, "kl_in": "reward", "kl_coef": 0.1},
+            "kl_weighted=true weighs a KL in the loss",
+        ),
+        ({"kl_controller": "doubling", "kl_coef": 0.0}, "multiplies kl_coef, which is 0 and stays so"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(settings, said):
+    with pytest.raises(ValidationError, match=said):
+        GRPO(**settings)
+
+
 def test_penalty_objective_by_hand():
     # ratio e^.5, advantage 2; KL(old || new) from a sample of old: (r - 1) - log r; beta 3
     ppo = PPO(objective="penalty", kl_coef=0.0)

@@ -68,11 +68,18 @@ class AlgorithmConfig(Settings):
     """Importance weights between engine and trainer."""
 
     @model_validator(mode="after")
-    def _has_a_gradient(self) -> Self:
+    def _has_an_effect(self) -> Self:
         if self.kl_coef > 0 and self.kl_in == "loss" and self.kl_estimator == "k1" and not self.kl_weighted:
             raise ValueError(
                 "kl_estimator=k1 in the loss has a gradient of zero in expectation: it would do nothing. Use "
                 "k2 or k3, set kl_weighted=true, or kl_in=reward"
+            )
+        if self.kl_weighted and self.kl_in == "reward":
+            raise ValueError("kl_weighted=true weighs a KL in the loss, and kl_in=reward; set kl_in=loss")
+        if self.kl_controller != "fixed" and self.kl_coef == 0:
+            raise ValueError(
+                f"kl_controller={self.kl_controller} multiplies kl_coef, which is 0 and stays so; "
+                "set kl_coef above 0"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""SIGTERM in the rl stage: finish the step, write a checkpoint, end with 75 (EX_TEMPFAIL); a resume goes on.
+"""SIGTERM in any stage: finish the step, write a checkpoint, end with 75 (EX_TEMPFAIL); a resume goes on.
 
 The handler is installed after ``ray.init``, which replaces the ones that were there before.
 """
@@ -26,13 +26,13 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
+def stop_on_sigterm(request: StopRequest) -> Iterator[None]:
     """Inside a running event loop: SIGTERM only sets the request."""
-    request, loop = StopRequest(), asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
     before = signal.getsignal(signal.SIGTERM)
     loop.add_signal_handler(signal.SIGTERM, request.ask)
     try:
-        yield request
+        yield
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
         signal.signal(signal.SIGTERM, before)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.build import Crew, rl_roles
-from launch.graceful import StoppedAfterCheckpoint, StopRequest, stop_on_sigterm
+from launch.graceful import StoppedAfterCheckpoint
 from launch.progress import write_samples
 from launch.run_folder import StageResult
 from launch.session import Session
@@ -36,20 +36,17 @@ async def run_rl(session: Session, models: dict[str, str]) -> StageResult:
     rl, prompts = session.run.rl, session.materials.prompts
     assert rl is not None and prompts is not None
     session.progress.header(f"rl: {rl.algorithm.name}, {len(prompts.prompts)} prompts, {rl.steps} steps")
-    with stop_on_sigterm() as stop:
-        return await _run(session, rl, prompts, models, stop)
+    return await _run(session, rl, prompts, models)
 
 
-async def _run(
-    session: Session, rl: RL, prompts: PromptSet, models: dict[str, str], stop: StopRequest
-) -> StageResult:
+async def _run(session: Session, rl: RL, prompts: PromptSet, models: dict[str, str]) -> StageResult:
     run = session.run
     crew = Crew(run, session.cluster, rl_roles(run))
     try:
         timeline = Timeline()
         roles = timed(await crew.rl(models), timeline)
         ledger = Ledger(prompts.prompts, seed=run.seed)
-        journal = Journal(session, rl, roles, ledger, timeline, stop)
+        journal = Journal(session, rl, roles, ledger, timeline)
         start = await journal.restore()
         await train(
             rl, roles, ledger, observer=journal, probe=probe_of(prompts.prompts, run), start=start,
@@ -82,13 +79,11 @@ def probe_of(prompts: Sequence[Prompt], run: Run) -> Probe:
 class Journal:
     """Logs, checkpoints and evaluates around the steps."""
 
-    def __init__(
-        self, session: Session, rl: RL, roles: Roles, ledger: Ledger, timeline: Timeline, stop: StopRequest
-    ) -> None:
+    def __init__(self, session: Session, rl: RL, roles: Roles, ledger: Ledger, timeline: Timeline) -> None:
         self.session, self.rl, self.roles, self.ledger, self.timeline = session, rl, roles, ledger, timeline
         self.folder = session.folder.path / "rl"
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=rl.keep_checkpoints)
-        self.stop = stop
+        self.stop = session.stop
         self.newest: Path | None = None
         self.accuracies: dict[str, float] = {}
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from launch.cluster import Cluster
+from launch.graceful import StopRequest
 from launch.prepare import Materials
 from launch.progress import Progress
 from launch.run_folder import RunFolder
@@ -17,6 +18,7 @@ class Session:
     cluster: Cluster
     progress: Progress
     tracker: Tracker
+    stop: StopRequest
 
     @property
     def run(self) -> Run:

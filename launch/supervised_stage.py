@@ -1,5 +1,6 @@
 """The supervised stages: start the workers, fit, measure on held-out rows, export, end the workers."""
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 
@@ -7,19 +8,23 @@ import torch
 
 from actors.group import LearnerGroup, RewardLearnerGroup
 from launch.build import Crew
+from launch.graceful import StoppedAfterCheckpoint
 from launch.prepare import StageRows
 from launch.run_folder import StageResult
 from launch.session import Session
 from orchestrator import metrics as names
 from orchestrator.batch import Examples
+from orchestrator.checkpoint import Checkpoints
 from orchestrator.collate import collate_examples
 from orchestrator.config import Model, Preference
+from orchestrator.driver_state import DriverState
 from orchestrator.examples import Unit
 from orchestrator.heldout import heldout_figures
 from orchestrator.metrics import throughput
 from orchestrator.objectives import sft
 from orchestrator.objectives._base import Objective
 from orchestrator.roles import Metrics
+from orchestrator.shaping import RunningStats
 from orchestrator.supervised import (
     SCORED_AT_ONCE,
     KnownReference,
@@ -28,6 +33,8 @@ from orchestrator.supervised import (
     fit,
     num_steps,
 )
+
+LEARNER = "learner"  # its folder in a checkpoint
 
 
 async def run_sft(session: Session, base: str) -> StageResult:
@@ -119,11 +126,38 @@ async def _fit(  # noqa: PLR0913 - a stage, by name
     packed: bool = False,
     reference: ReferenceScores | None = None,
 ) -> None:
+    journal = Journal(session, objective.stage, learner, steps=steps)
     await fit(
         learner, rows.train, objective=objective, reference=reference, packed=packed, batch_size=batch_size,
         steps=steps, seed=session.run.seed, pad_id=session.materials.pad_id,
-        log=_logger(session, objective.stage, steps),
+        log=_logger(session, objective.stage, steps), start=await journal.restore(), stepped=journal.stepped,
     )  # fmt: skip
+
+
+class Journal:
+    """The checkpoint of a supervised stage: written when the run is told to stop, gone with the stage."""
+
+    def __init__(self, session: Session, stage: str, learner: LearnerGroup, *, steps: int) -> None:
+        self.session, self.learner, self.steps = session, learner, steps
+        self.checkpoints = Checkpoints(session.folder.path / stage / "checkpoints", keep=1)
+
+    async def restore(self) -> int:
+        """Steps that are done: 0 on a fresh stage."""
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return 0
+        folder, manifest = latest
+        await self.learner.load(folder / LEARNER)
+        self.session.progress.note(f"resumed from step {manifest.step}: {folder}")
+        return manifest.step
+
+    async def stepped(self, step: int) -> None:
+        """Raises StoppedAfterCheckpoint after the step in which SIGTERM came, unless it is the last."""
+        if not self.session.stop.asked or step == self.steps:
+            return
+        state = DriverState(step=step, kl_coef=0.0, rewards=RunningStats())
+        folder = await self.checkpoints.save(state, {LEARNER: self.learner}, {})
+        raise StoppedAfterCheckpoint(f"stopped after step {step}: {folder}; --resume goes on")
 
 
 async def _measure(  # noqa: PLR0913 - a stage, by name
@@ -162,6 +196,7 @@ async def _keep_statistics(learner: RewardLearnerGroup, units: Sequence[Unit], p
 async def _export(session: Session, learner: LearnerGroup, stage: str) -> str:
     folder = session.folder.path / stage / "model"
     await learner.export(folder)
+    shutil.rmtree(folder.parent / "checkpoints", ignore_errors=True)
     return str(folder)
 
 

@@ -11,7 +11,7 @@ import time
 import traceback
 
 from launch.cluster import Cluster
-from launch.graceful import CHECKPOINTED, StoppedAfterCheckpoint
+from launch.graceful import CHECKPOINTED, StoppedAfterCheckpoint, StopRequest, stop_on_sigterm
 from launch.prepare import prepare
 from launch.progress import Progress
 from launch.rl_stage import run_rl
@@ -35,9 +35,10 @@ def main(run: Run, *, resume: bool, fresh: bool) -> int:
         try:
             with Cluster(materials.run) as cluster:
                 session = Session(
-                    materials=materials, folder=folder, cluster=cluster, progress=progress, tracker=tracker
-                )
-                results = asyncio.run(stages(session))
+                    materials=materials, folder=folder, cluster=cluster, progress=progress, tracker=tracker,
+                    stop=StopRequest(),
+                )  # fmt: skip
+                results = asyncio.run(until_stopped(session))
         except StoppedAfterCheckpoint as stopped:
             progress.note(str(stopped))
             return CHECKPOINTED
@@ -56,27 +57,45 @@ def main(run: Run, *, resume: bool, fresh: bool) -> int:
     return 0
 
 
+async def until_stopped(session: Session) -> dict[str, StageResult]:
+    """SIGTERM ends a stage after its step, with a checkpoint, or the run between two stages."""
+    with stop_on_sigterm(session.stop):
+        return await stages(session)
+
+
 async def stages(session: Session) -> dict[str, StageResult]:
     """Every stage of the run that is not finished yet."""
     run, done = session.run, session.folder.finished()
     base = run.model.path
     if run.sft:
         if "sft" not in done:
+            _unless_stopped(session)
             session.folder.finish("sft", await run_sft(session, base))
         base = str(session.folder.finished()["sft"]["model"])
     reward_model = run.roles.reward.model
     if run.reward_model:
         if "reward_model" not in done:
+            _unless_stopped(session)
             start = run.reward_model.model or base
             session.folder.finish("reward_model", await run_reward_model(session, start))
         reward_model = reward_model or str(session.folder.finished()["reward_model"]["model"])
     if run.preference:
         if "preference" not in done:
+            _unless_stopped(session)
             session.folder.finish("preference", await run_preference(session, base))
         base = str(session.folder.finished()["preference"]["model"])
     if run.rl and int(done.get("rl", {}).get("steps", 0)) < run.rl.steps:
+        _unless_stopped(session)
         session.folder.finish("rl", await run_rl(session, rl_models(run, base, reward_model)))
     return session.folder.finished()
+
+
+def _unless_stopped(session: Session) -> None:
+    if session.stop.asked:
+        raise StoppedAfterCheckpoint(
+            f"stopped between two stages, finished: {', '.join(session.folder.finished()) or 'none'}; "
+            "--resume goes on"
+        )
 
 
 def rl_models(run: Run, base: str, reward_model: str | None) -> dict[str, str]:

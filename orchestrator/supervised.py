@@ -6,8 +6,9 @@ What an objective does not need is not asked for: without ``reference`` no worke
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -74,10 +75,13 @@ async def fit(  # noqa: PLR0913 - a stage, by name
     seed: int,
     pad_id: int,
     log: Callable[[int, Examples, Metrics], None],
+    start: int = 0,
+    stepped: Callable[[int], Awaitable[None]] | None = None,
 ) -> None:
-    """``steps`` optimizer steps of ``batch_size`` units."""
-    order = unit_order(len(units), seed)
-    for step in range(1, steps + 1):
+    """Optimizer steps ``start + 1`` to ``steps`` of ``batch_size`` units; the learner holds the weights of
+    ``start``. ``stepped`` is awaited after each of them."""
+    order = islice(unit_order(len(units), seed), start * batch_size, None)
+    for step in range(start + 1, steps + 1):
         numbers = [next(order) for _ in range(batch_size)]
         drawn = [units[number] for number in numbers]
         examples = (collate_packed if packed else collate_examples)(drawn, pad_id=pad_id)
@@ -89,6 +93,8 @@ async def fit(  # noqa: PLR0913 - a stage, by name
         if objective.needs_kl:
             metrics = {**metrics, "kl": examples.kl}
         log(step, examples, objective.summarize(metrics))
+        if stepped is not None:
+            await stepped(step)
 
 
 async def with_reference(

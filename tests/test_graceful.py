@@ -5,7 +5,7 @@ import os
 import signal
 
 from launch.cluster import role_labels
-from launch.graceful import stop_on_sigterm
+from launch.graceful import StopRequest, stop_on_sigterm
 from orchestrator.placement import Layout, Seat
 
 
@@ -13,7 +13,8 @@ async def test_sigterm_is_a_request_inside_and_what_it_was_outside():
     seen = []
     before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
     try:
-        with stop_on_sigterm() as request:
+        request = StopRequest()
+        with stop_on_sigterm(request):
             assert not request.asked
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(0.05)

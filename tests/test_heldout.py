@@ -95,6 +95,23 @@ async def test_a_reference_asked_once_answers_as_the_live_one():
         assert torch.allclose(a.ref_logprobs, b.ref_logprobs) and a.kl == pytest.approx(b.kl)
 
 
+async def test_a_stage_goes_on_with_the_rows_it_would_have_met():
+    async def trained(steps, start):
+        learner, done = Scorer(1.0), []
+
+        async def stepped(step):
+            done.append(step)
+
+        await fit(
+            learner, UNITS, objective=kto.CONFIG(), reference=LiveReference(Scorer(2.0)), batch_size=2,
+            steps=steps, seed=5, pad_id=0, log=lambda *_: None, start=start, stepped=stepped,
+        )  # fmt: skip
+        return [examples.tokens.tolist() for examples in learner.seen], done
+
+    (whole, _), (before, _), (after, done) = await trained(5, 0), await trained(2, 0), await trained(5, 2)
+    assert before + after == whole and done == [3, 4, 5]
+
+
 async def test_the_kl_is_the_mean_over_mismatched_rows_and_never_negative():
     for scale, expected in ((1.0, 0.0), (4.0, (7 / 4 + 5 / 4 + 2 / 4) / 3)):
         learner = Scorer(scale)

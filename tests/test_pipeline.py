@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,13 @@ from tests.models import tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[1]
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
 def quartet(*arguments: str) -> subprocess.CompletedProcess:
     """The command of this working tree."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "launch.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=env, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=ENV, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,37 @@ def test_a_reference_is_asked_once_or_never_started(here, name):
     margins = logged(here / name, "preference", "margin")
     assert margins[-1] > margins[0]
     assert (name == "kto") == ("kl" in _names(here / name, "preference"))
+
+
+def test_sigterm_leaves_a_checkpoint_from_which_the_stage_goes_on_as_if_nothing_had_happened(here):
+    """The learner's state and the order of the rows: the model is that of the run that was not stopped."""
+    stage = {
+        "data": {"path": str(here / "pairs.jsonl")}, "batch_size": 4, "epochs": 15,
+        "optimizer": {"learning_rate": 1e-3},
+    }  # fmt: skip
+    whole = quartet("train", write(here, "whole", sft=stage))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    file, folder = write(here, "halves", sft=stage), here / "halves"
+    with subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "train", file],
+        env=ENV,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as run:
+        for _ in range(600):
+            if (folder / "metrics.jsonl").exists() and logged(folder, "sft", "loss"):
+                break
+            time.sleep(0.1)
+        run.send_signal(signal.SIGTERM)
+        said = run.communicate(timeout=200)[0]
+    done = len(logged(folder, "sft", "loss"))
+    assert run.returncode == 75 and f"stopped after step {done}:" in said and 0 < done < 150, said
+    resumed = quartet("train", file, "--resume")
+    assert resumed.returncode == 0 and f"resumed from step {done}" in resumed.stdout, resumed.stdout
+    assert not (folder / "sft" / "checkpoints").exists()
+    models = [load_file(here / name / "sft" / "model" / "model.safetensors") for name in ("whole", "halves")]
+    assert all(tensor.equal(models[1][key]) for key, tensor in models[0].items())
 
 
 def test_a_reference_asked_once_trains_as_the_live_one(here):

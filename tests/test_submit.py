@@ -108,7 +108,8 @@ def test_a_working_directory_above_the_limit_or_with_a_key_is_refused(tmp_path, 
     ]
 
 
-def test_a_failing_job_on_this_machine_leaves_its_exit_code_and_its_log(tmp_path):
+def test_a_failing_job_on_this_machine_leaves_its_exit_code_and_its_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run, target = a_run(tmp_path), local.Target(local.CONFIG())
     target.submit(Job(run=run))
     for _ in range(900):

@@ -1,6 +1,7 @@
 """The policy under training: its log-probs, its updates, and its weights on their way to the engine."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from actors.learner import Learner, LossFunction, MicroBatches
 from actors.model import PolicyModel
 from actors.weights.sender import open_sender
-from actors.weights.wire import Address, Sender, TensorMeta, Transport
+from actors.weights.wire import Address, Sender, ServedAdapter, TensorMeta, Transport
 from orchestrator.batch import Batch, Examples, PolicyOutput
 from orchestrator.config import Model, Optimizer
 from orchestrator.roles import WeightReceipt
@@ -44,6 +45,7 @@ class Actor(Learner):
         self.temperature, self.ema_decay = temperature, ema_decay
         self.entropy, self.distribution = entropy, distribution
         self.sender: Sender | None = None
+        self.sends_adapter = False
 
     def load_model(self) -> PolicyModel:
         return PolicyModel.load(self.model)
@@ -85,17 +87,34 @@ class Actor(Learner):
         return self.backend.forward(row, everywhere, everywhere, 1.0)[0][0, 1:].tolist()
 
     def open_channel(
-        self, transport: Transport, dtype: str, bucket_mb: int, world_size: int, timeout_s: float
+        self,
+        transport: Transport,
+        dtype: str,
+        bucket_mb: int,
+        world_size: int,
+        timeout_s: float,
+        only_adapter: bool = False,
     ) -> Address:
-        """Waits for nobody; the engines join rank 0's address. Every rank opens and takes part in sends."""
+        """Waits for nobody; the engines join rank 0's address. Every rank opens and takes part in sends.
+        ``only_adapter``: A and B travel, and the base stays where it is."""
         self.sender = open_sender(
             transport, rank=self.rank, dtype=getattr(torch, dtype), bucket_mb=bucket_mb, timeout_s=timeout_s
         )
-        tensors = [TensorMeta(name=name, shape=shape) for name, shape in self.backend.parameter_shapes()]
-        return self.sender.open(tensors, world_size=world_size)
+        self.sends_adapter = only_adapter
+        shapes = self.backend.adapter_shapes() if only_adapter else self.backend.parameter_shapes()
+        tensors = [TensorMeta(name=name, shape=shape) for name, shape in shapes]
+        address = self.sender.open(tensors, world_size=world_size)
+        if not only_adapter:
+            return address
+        assert self.model.adapter is not None  # config refuses it
+        served = ServedAdapter(rank=self.model.adapter.rank, alpha=self.model.adapter.alpha)
+        return replace(address, adapter=served)
 
     def send_weights(self, version: int) -> WeightReceipt:
-        """Rank 0 sends every parameter and answers what it sent; the other ranks gather (ZeRO-3)."""
+        """Rank 0 sends every weight, adapters merged, or the adapter alone, and answers what it sent; the
+        other ranks gather (ZeRO-3)."""
         if self.sender is None:
             raise RuntimeError("send_weights() before open_channel(): no engine knows this actor")
-        return self.sender.send(self.backend.named_full_parameters(), version)
+        backend = self.backend
+        named = backend.adapter_tensors() if self.sends_adapter else backend.named_full_parameters()
+        return self.sender.send(named, version)

@@ -16,20 +16,23 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from actors.adapter import Plain, Value, peft_tensors, plain_tensors, rank_schedule
 from actors.average import Average
 from actors.model import LanguageModel
 from actors.muon import Muon, build_optimizer
 from actors.residence import Residence
 from actors.shards import shards_of
+from actors.trained_state import load_trained, trained_state
 from orchestrator.config import Optimizer
 
 if not torch.cuda.is_available():
@@ -83,6 +86,8 @@ class Backend:
             self.optimizer.place(shards)
         self.average = None if ema_decay is None else Average(shards, ema_decay)
         self.residence = Residence(self.engine, stage=self.stage, device=self.device)
+        self.ranks = rank_schedule(model.model.base_model)
+        self.engine.module_state_dict = partial(trained_state, self.engine.module)
 
     def forward(self, *inputs: Any) -> Any:
         """Through the engine, so that ZeRO-3 gathers parameters on the way."""
@@ -90,6 +95,8 @@ class Backend:
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         """Adds the gradients of one micro-batch; ``last`` says that ``step`` follows."""
+        if last and self.ranks is not None:
+            loss = loss + self.ranks.penalty() / self.world_size
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
@@ -119,23 +126,33 @@ class Backend:
         parameters = self.engine.module.parameters()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
         if math.isfinite(norm):
+            step = self.num_taken + 1
+            if self.ranks is not None:
+                self.ranks.weigh(step)
             self.engine.step()
+            if self.ranks is not None:
+                self.ranks.mask(step)
         else:
             self.engine.zero_grad()
         return norm, math.isfinite(norm)
 
     def save(self, folder: Path) -> None:
-        """Weights, master weights, optimizer, schedule and average; each rank writes its part."""
+        """What is trained: weights, master weights, optimizer, schedule and average; each rank writes its
+        part."""
         counts = {"num_taken": self.num_taken, "num_skipped": self.num_skipped}
-        self.engine.save_checkpoint(str(folder), tag=STATE, client_state=counts, save_latest=False)
+        self.engine.save_checkpoint(
+            str(folder), tag=STATE, client_state=counts, save_latest=False, exclude_frozen_parameters=True
+        )
         if self.average is not None:
             self.average.save(folder)
+        if self.ranks is not None and self.rank == 0:
+            self.ranks.save(folder)
 
     def load(self, folder: Path) -> None:
         """Continues exactly where ``save`` was. Needs the number of ranks, stage and dtype of the save."""
         path = None
         if (folder / STATE).is_dir():
-            path, client = self.engine.load_checkpoint(str(folder), tag=STATE)
+            path, client = self.engine.load_checkpoint(str(folder), tag=STATE, custom_load_fn=load_trained)
         if path is None:
             raise ValueError(
                 f"{folder} holds no training state of {self.world_size} rank(s) at ZeRO stage {self.stage}; "
@@ -144,50 +161,67 @@ class Backend:
         self.num_taken, self.num_skipped = client["num_taken"], client["num_skipped"]
         if self.average is not None:
             self.average.load(folder)
+        if self.ranks is not None:
+            self.ranks.load(folder)
 
-    def named_full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, whole tensor) of every parameter, tied ones once, gathered some at a time.
+    def named_full_parameters(self, value: Value = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of every weight, tied ones once and adapters merged into them,
+        gathered some at a time. ``value``: of a parameter, e.g. its average.
 
         A tensor is valid until the next one is asked for. All ranks iterate to the end, in step.
         """
-        bucket: list[tuple[str, torch.nn.Parameter]] = []
-        size = 0
-        for name, parameter in self.engine.module.model.named_parameters():
-            elements = getattr(parameter, "ds_numel", parameter.numel())
-            if bucket and size + elements > GATHER_ELEMENTS:
-                yield from self._gathered(bucket)
-                bucket, size = [], 0
-            bucket.append((name, parameter))
-            size += elements
-        yield from self._gathered(bucket)
+        yield from self._gathered([(t.name, t.parts, t.whole) for t in self._plain()], value)
 
     def parameter_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and whole shape of what ``named_full_parameters`` yields, in its order, without gathering."""
-        named = self.engine.module.model.named_parameters()
+        return [(tensor.name, tensor.shape) for tensor in self._plain()]
+
+    def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in PEFT's files, whole tensor) of what is trained, as ``named_full_parameters`` yields."""
+        named = peft_tensors(self.engine.module.model)
+        whole = [(name, (p,), partial(_as_it_is, p)) for name, p in named]
+        yield from self._gathered(whole, Tensor.detach)
+
+    def adapter_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and whole shape of what ``adapter_tensors`` yields."""
+        named = peft_tensors(self.engine.module.model)
         return [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
 
-    def _gathered(self, bucket: list[tuple[str, torch.nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
-        whole: AbstractContextManager[Any] = nullcontext()
-        if self.stage == 3:
-            whole = deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket])
-        with whole:
-            for name, parameter in bucket:
-                yield name, parameter.detach()
+    def _plain(self) -> list[Plain]:
+        return plain_tensors(self.engine.module.model)
+
+    def _gathered(
+        self, tensors: list[tuple[str, tuple[nn.Parameter, ...], Callable[[Value], Tensor]]], value: Value
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor made by its function while its parts are whole, in buckets of ``GATHER_ELEMENTS``."""
+        sizes = [sum(getattr(p, "ds_numel", p.numel()) for p in parts) for _, parts, _ in tensors]
+        start = 0
+        while start < len(tensors):
+            stop, size = start + 1, sizes[start]
+            while stop < len(tensors) and size + sizes[stop] <= GATHER_ELEMENTS:
+                size, stop = size + sizes[stop], stop + 1
+            whole: AbstractContextManager[Any] = nullcontext()
+            if self.stage == 3:
+                parts = {id(p): p for _, parts, _ in tensors[start:stop] for p in parts}
+                whole = deepspeed.zero.GatheredParameters(list(parts.values()))
+            with whole, torch.no_grad():
+                for name, _, make in tensors[start:stop]:
+                    yield name, make(value)
+            start = stop
 
     def export(self, folder: Path, *, averaged: bool = False) -> None:
         """Rank 0 writes a plain ``from_pretrained`` folder, of the weights or of their average."""
-        weights: dict[str, Tensor] = {}
-        for name, tensor in self.named_full_parameters():
-            if self.rank == 0:
-                weights[name] = tensor.to("cpu", copy=True)
+        averages: dict[int, Tensor] = {}
         if averaged:
             if self.average is None:
                 raise ValueError("no average is kept; set rl.ema_decay")
-            names = {id(p): name for name, p in self.engine.module.model.named_parameters()}
             for parameter, tensor in self.average.whole():
                 if self.rank == 0:
-                    name = names[id(parameter)]
-                    weights[name] = tensor.to("cpu", weights[name].dtype, copy=True)
+                    averages[id(parameter)] = tensor.to("cpu", parameter.dtype, copy=True)
+        weights: dict[str, Tensor] = {}
+        for name, tensor in self.named_full_parameters(partial(_average_of, averages)):
+            if self.rank == 0:
+                weights[name] = tensor.to("cpu", copy=True)
         if self.rank == 0:
             weights |= {alias: weights[name] for alias, name in self.tied.items()}
             self.engine.module.write(folder, weights)
@@ -195,6 +229,16 @@ class Backend:
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def _as_it_is(parameter: nn.Parameter, value: Value) -> Tensor:
+    return value(parameter)
+
+
+def _average_of(averages: dict[int, Tensor], parameter: nn.Parameter) -> Tensor:
+    """Of a parameter that is not trained, or on a rank that keeps no averages: itself."""
+    average = averages.get(id(parameter))
+    return parameter.detach() if average is None else average.to(parameter.device)
 
 
 def _stage(wanted: int, dtype: torch.dtype, world_size: int) -> int:

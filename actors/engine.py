@@ -55,13 +55,15 @@ class EngineWorker:
         index: int,
         device: Device,
         transport: Transport,
+        lora_rank: int | None = None,
         sleeps: bool = False,
     ) -> None:
-        """``sleeps``: it will be told to leave its devices to others."""
+        """``lora_rank``: of the actor's adapter, which is then all that an update brings; None: whole
+        weights. ``sleeps``: it will be told to leave its devices to others."""
         os.environ.update(environment(config, device))
         self._config, self._model, self._revision, self._dtype = config, model, revision, dtype
         self._max_length, self._index, self._device, self._transport = max_length, index, device, transport
-        self._sleeps = sleeps
+        self._lora_rank, self._sleeps = lora_rank, sleeps
         self._version = 0  # weights of the model folder
         self._failure: str | None = None  # why this engine holds no usable weights
         self._eager = is_eager(config, device)
@@ -75,6 +77,9 @@ class EngineWorker:
         """Loads the model. Blocks this process's event loop for some 8 s and more."""
         from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415 - after the environment is set
 
+        from actors.weights.served_adapter import adapter_request  # noqa: PLC0415
+
+        self._adapter = None if self._lora_rank is None else adapter_request()
         self._llm = AsyncLLM.from_engine_args(self._arguments())
         self._children = _processes(self._llm)
         self._tokenizer, self._stop_ids = tokenizer_and_ends(self._model, self._revision)
@@ -84,6 +89,8 @@ class EngineWorker:
     def _arguments(self) -> Any:
         from vllm import AsyncEngineArgs  # noqa: PLC0415
         from vllm.config import WeightTransferConfig  # noqa: PLC0415
+
+        from actors.weights.served_adapter import max_rank  # noqa: PLC0415
 
         config, on_cpu = self._config, self._device == "cpu"
         kv_cache_mb = config.kv_cache_mb or (_CPU_KV_CACHE_MB if on_cpu else None)
@@ -107,6 +114,8 @@ class EngineWorker:
             worker_extension_cls="actors.weights.receivers.WorkerExtension",
             weight_transfer_config=WeightTransferConfig(backend=f"quartet_{self._transport}"),
             disable_log_stats=True,
+            enable_lora=self._lora_rank is not None,
+            max_lora_rank=max_rank(self._lora_rank or 1),
         )
 
     async def generate(
@@ -167,7 +176,8 @@ class EngineWorker:
         return [row[token].logprob for row, token in zip(rows, tokens[1:], strict=True)]
 
     async def _request(self, tokens: Sequence[int], uid: str, params: "SamplingParams") -> "RequestOutput":
-        stream = self._llm.generate({"prompt_token_ids": list(tokens)}, params, uid)
+        prompt = {"prompt_token_ids": list(tokens)}
+        stream = self._llm.generate(prompt, params, uid, lora_request=self._adapter)
         self._num_running += 1
         try:
             async with aclosing(stream) as outputs:

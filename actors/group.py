@@ -221,14 +221,18 @@ class ActorGroup(LearnerGroup):
         await asyncio.gather(*(w.call(w.handle.export, folder, True) for w in self.workers))
 
     async def open_channel(
-        self, transport: Transport, dtype: str, *, bucket_mb: int, world_size: int
+        self,
+        transport: Transport,
+        dtype: str,
+        *,
+        bucket_mb: int,
+        world_size: int,
+        only_adapter: bool = False,
     ) -> Address:
         """Where the engines find rank 0; ``world_size`` counts it and every vLLM worker."""
+        given = (transport, dtype, bucket_mb, world_size)
         addresses = await asyncio.gather(
-            *(
-                w.call(w.handle.open_channel, transport, dtype, bucket_mb, world_size, w.deadlines.sync_s)
-                for w in self.workers
-            )
+            *(w.call(w.handle.open_channel, *given, w.deadlines.sync_s, only_adapter) for w in self.workers)
         )
         return addresses[0]
 

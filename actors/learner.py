@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from actors.adapter import PROMPT, adapt, freeze, write_peft
 from actors.backend import Backend
 from actors.model import LanguageModel
 from actors.worker import Worker
@@ -32,6 +33,7 @@ from orchestrator.work import Work
 
 MicroBatches = Sequence[Sequence[int]]  # each a list of positions into the rows of a minibatch or batch
 LossFunction = Callable[[Any, Any], Loss]  # (what the model says, the records it says it of) -> Loss
+ADAPTER = "adapter"  # the PEFT folder in a checkpoint, and the ending of its name beside an export
 R = TypeVar("R", Batch, Experience, Examples)
 
 
@@ -63,9 +65,11 @@ class Learner(Worker):
         """What ``score`` answers of some rows, [b, T] or [b]."""
 
     def start(self) -> None:
-        self.backend = Backend(
-            self.load_model(), self.optimizer, total_steps=self.total_steps, ema_decay=self.ema_decay
-        )
+        model = self.load_model()
+        if self.model.adapter is not None:
+            adapt(model, self.model.adapter, total_steps=self.total_steps)
+        freeze(model, self.model.freeze)
+        self.backend = Backend(model, self.optimizer, total_steps=self.total_steps, ema_decay=self.ema_decay)
 
     def update(self, minibatch: Minibatch, micro_batches: MicroBatches) -> dict[str, float]:
         """Exactly one optimizer step over all ranks; the same figures on every rank.
@@ -119,18 +123,36 @@ class Learner(Worker):
         self.backend.residence.move(level)
 
     def save(self, folder: Path) -> None:
-        """The whole training state; each rank writes its part."""
+        """The training state, and beside it the adapter as PEFT and ``quartet export`` read it; each rank
+        writes its part."""
         self.backend.save(folder)
+        if self.model.adapter is not None:
+            self._write_adapter(folder / ADAPTER)
 
     def load(self, folder: Path) -> None:
         self.backend.load(folder)
 
     def export(self, folder: Path, averaged: bool = False) -> None:
-        """A plain ``from_pretrained`` folder, with the tokenizer of the model it came from."""
-        self.backend.export(folder, averaged=averaged)
+        """A plain ``from_pretrained`` folder, with the tokenizer of the model it came from; the adapter alone
+        beside it. What cannot be merged is the PEFT folder itself."""
+        adapter = self.model.adapter
+        if adapter is not None:
+            self._write_adapter(folder.with_name(f"{folder.name}_{ADAPTER}") if adapter.merges else folder)
+        if adapter is None or adapter.merges:
+            self.backend.export(folder, averaged=averaged)
         if self.rank == 0 and _has_tokenizer(self.model.path):
             tokenizer = AutoTokenizer.from_pretrained(self.model.path, revision=self.model.revision)
             tokenizer.save_pretrained(folder)
+
+    def _write_adapter(self, folder: Path) -> None:
+        """Collective; rank 0 writes."""
+        assert self.model.adapter is not None
+        model = self.backend.engine.module
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self.backend.adapter_tensors()}
+        if model.virtual is not None:
+            tensors = {PROMPT: model.virtual.values().detach().cpu()} | tensors
+        if self.rank == 0:
+            write_peft(folder, model, self.model.adapter, self.model.path, tensors)
 
     def close(self) -> None:
         self.backend.close()

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from actors.virtual_tokens import VirtualTokens
 from orchestrator.config import Model
 
 LOGITS_PER_BLOCK = 2**25  # 128 MiB in float32; more are recomputed block by block in the backward pass
@@ -37,6 +38,7 @@ class LanguageModel(nn.Module):
     def __init__(self, model: PreTrainedModel, gradient_checkpointing: bool) -> None:
         super().__init__()
         self.model = model
+        self.virtual: VirtualTokens | None = None  # of prefix, prompt and P-tuning
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -55,10 +57,11 @@ class LanguageModel(nn.Module):
             mask, positions = None, torch.arange(tokens.shape[1], device=tokens.device)[None]
         else:
             mask, positions = attention_mask, (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        output = self.model.base_model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False, return_dict=True
-        )
-        return output.last_hidden_state
+        given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        if self.virtual is not None:
+            given = self.virtual.inputs(self.model, tokens, mask, positions)
+        states = self.model.base_model(**given, use_cache=False, return_dict=True).last_hidden_state
+        return states[:, states.shape[1] - tokens.shape[1] :]
 
     def write(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """A plain ``from_pretrained`` folder with the weights given (the live ones may be sharded)."""

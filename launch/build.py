@@ -28,7 +28,7 @@ from actors.worker import RosterLine
 from launch.cluster import Cluster
 from launch.engines import connect_weights, spawn_engines, turn_takers
 from launch.environment import MODEL_ENV, WORKER_ENV
-from orchestrator.config import MODEL, Model, Optimizer, Run, Workers
+from orchestrator.config import MODEL, Adapter, Model, Optimizer, Run, Workers
 from orchestrator.placement import Layout
 from orchestrator.roles import Role, Roles
 from orchestrator.turns import taking_turns
@@ -92,7 +92,7 @@ class Crew:
 
     async def reference(self, model: Model) -> ScorerGroup:
         """The frozen policy of the preference stage."""
-        return await self.group(Reference, ScorerGroup, "reference", model=model)
+        return await self.group(Reference, ScorerGroup, "reference", model=model.frozen())
 
     async def rl(self, models: dict[str, str]) -> Roles:
         """All roles at once; ``models`` says where each one's weights are."""
@@ -101,38 +101,49 @@ class Crew:
         table, temperature = self.run.roles, rl.sampling.temperature
         per_step = rl.updates.epochs * rl.updates.minibatches
 
-        def model(role: str) -> Model:
-            return self.run.model.model_copy(update={"path": models[role]})
+        def model(role: str, adapter: Adapter | None) -> Model:
+            return self.run.model.training(adapter).model_copy(update={"path": models[role]})
 
         starts: dict[str, Any] = {
             "actor": self.group(
-                Actor, ActorGroup, "actor", model=model("actor"), optimizer=table.actor.optimizer,
+                Actor, ActorGroup, "actor", model=model("actor", table.actor.adapter),
+                optimizer=table.actor.optimizer,
                 total_steps=(rl.steps - rl.critic_warmup) * per_step, loss=rl.algorithm.policy_loss,
                 temperature=temperature, entropy=rl.algorithm.wants_entropy,
                 distribution=rl.algorithm.wants_distribution, ema_decay=rl.ema_decay,
             ),
-            "engine": self.engines(models["actor"]),
+            "engine": self.engines(models["actor"], lora_rank=self._served_rank()),
             "reward": self.reward(models.get("reward")),
         }  # fmt: skip
         if "critic" in rl.algorithm.roles():
             assert table.critic is not None  # config refuses it
             starts["critic"] = self.group(
-                Critic, LearnerGroup, "critic", model=model("critic"), optimizer=table.critic.optimizer,
+                Critic, LearnerGroup, "critic", model=model("critic", table.critic.adapter),
+                optimizer=table.critic.optimizer,
                 total_steps=rl.steps * per_step, loss=rl.algorithm.value_loss,
             )  # fmt: skip
         if "reference" in rl.algorithm.roles():
             starts["reference"] = self.group(
-                Reference, ScorerGroup, "reference", model=model("reference"), temperature=temperature
+                Reference,
+                ScorerGroup,
+                "reference",
+                model=model("reference", None).frozen(),
+                temperature=temperature,
             )
         handles = await asyncio.gather(*starts.values())
         roles = Roles(**dict(zip(starts, handles, strict=True)))
         await connect_weights(self.run, roles.actor, roles.engine)
         return taking_turns(roles, turn_takers(self.run))
 
-    async def engines(self, model: str) -> EngineFleet:
-        engines = spawn_engines(
-            self.run, model, self.layout.seats["engine"], self.groups, self.cluster.trace.book
-        )
+    def _served_rank(self) -> int | None:
+        """Of the actor's adapter where the engines serve it themselves."""
+        adapter = self.run.model.training(self.run.roles.actor.adapter).adapter
+        return adapter.rank if adapter and self.run.engine.receive == "adapter" else None
+
+    async def engines(self, model: str, *, lora_rank: int | None = None) -> EngineFleet:
+        seats = self.layout.seats["engine"]
+        book = self.cluster.trace.book
+        engines = spawn_engines(self.run, model, seats, self.groups, book, lora_rank=lora_rank)
         fleet = EngineFleet(engines, run_seed=self.run.seed)
         self.keep(fleet)
         await asyncio.gather(*(engine.start() for engine in engines))
@@ -143,7 +154,7 @@ class Crew:
     async def reward(self, path: str | None) -> RewardGroup:
         place = self.run.roles.reward
         weights = place.weights(stage=path is not None)
-        model = self.run.model.model_copy(update={"path": path}) if MODEL in weights else None
+        model = self.run.model.frozen().model_copy(update={"path": path}) if MODEL in weights else None
         return await self.group(
             Judge, partial(RewardGroup, weights=weights), "reward",
             model=model, functions=place.specs(), micro_batch_tokens=place.micro_batch_tokens,

@@ -17,9 +17,16 @@ from orchestrator.work import WorkBook
 
 
 def spawn_engines(
-    run: Run, model: str, seats: Sequence[Seat], groups: Sequence[PlacementGroup], book: WorkBook
+    run: Run,
+    model: str,
+    seats: Sequence[Seat],
+    groups: Sequence[PlacementGroup],
+    book: WorkBook,
+    *,
+    lora_rank: int | None = None,
 ) -> list[RemoteEngine]:
-    """One Ray worker per replica; their models load in ``start``."""
+    """One Ray worker per replica; their models load in ``start``. ``lora_rank``: of the adapter that is all
+    they will be sent."""
     device: Device = "cuda" if run.engine.gpus else "cpu"
     return [
         RemoteEngine(
@@ -29,6 +36,7 @@ def spawn_engines(
                 config=run.engine, model=model, revision=run.model.revision, dtype=run.model.dtype,
                 max_length=run.model.max_length, index=index, device=device, transport=transport(run),
                 sleeps=bool(turn_takers(run)),
+                lora_rank=lora_rank,
             )
         )
         for index, seat in enumerate(seats)
@@ -58,5 +66,6 @@ async def connect_weights(run: Run, actor: ActorGroup, engines: EngineFleet) -> 
         run.engine.dtype or run.model.dtype,
         bucket_mb=run.engine.bucket_mb,
         world_size=world_size,
+        only_adapter=run.engine.receive == "adapter",
     )
     await engines.join_weights(address)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from actors.reward_function import RewardFunction, find_reward_function
 from launch import tasks
 from launch.foresight import refuse_what_cannot_fit
+from launch.trainable import check_trainable
 from orchestrator.batch import Prompt
 from orchestrator.config import RL, ChatData, Evaluation, Model, Preference, RewardModel, Run, Sft
 from orchestrator.data import PromptSet, read_prompts, same_tokenizer
@@ -61,6 +62,7 @@ def prepare(run: Run, folder: Path) -> Materials:
         same_tokenizer(tokenizer, load_tokenizer(path, None, field=field), names=("model.path", field))
     _check_length(run.model)
     refuse_what_cannot_fit(run)
+    check_trainable(run)
     if run.rl:
         _check_distributions(run.rl, run.model)
     for spec in run.roles.reward.specs().values():

@@ -16,7 +16,7 @@ from orchestrator import metrics as names
 from orchestrator.batch import Examples
 from orchestrator.checkpoint import Checkpoints
 from orchestrator.collate import collate_examples
-from orchestrator.config import Model, Preference
+from orchestrator.config import Adapter, Model, Preference
 from orchestrator.driver_state import DriverState
 from orchestrator.examples import Unit
 from orchestrator.heldout import heldout_figures
@@ -45,7 +45,9 @@ async def run_sft(session: Session, base: str) -> StageResult:
     session.progress.header(f"sft: {len(rows.train)} rows, {steps} steps")
     crew = Crew(session.run, session.cluster, ["actor"])
     try:
-        learner = await crew.policy(_model(session, base), stage.optimizer, steps=steps, loss=objective.loss)
+        learner = await crew.policy(
+            _trained(session, base, stage.adapter), stage.optimizer, steps=steps, loss=objective.loss
+        )
         await _fit(
             session, learner, rows, objective, batch_size=stage.batch_size, steps=steps, packed=stage.packing
         )
@@ -64,7 +66,7 @@ async def run_reward_model(session: Session, base: str) -> StageResult:
     crew = Crew(session.run, session.cluster, ["reward"])
     try:
         learner = await crew.reward_learner(
-            _model(session, base), stage.optimizer, steps=steps, loss=objective.loss
+            _trained(session, base, stage.adapter), stage.optimizer, steps=steps, loss=objective.loss
         )
         await _fit(session, learner, rows, objective, batch_size=stage.batch_size, steps=steps)
         figures = await _measure(session, learner, rows, objective, steps)
@@ -85,7 +87,8 @@ async def run_preference(session: Session, base: str) -> StageResult:
     crew = Crew(session.run, session.cluster, ["actor", "reference"] if live else ["actor"])
     try:
         model = _model(session, base)
-        learner = await crew.policy(model, stage.optimizer, steps=steps, loss=objective.loss)
+        trained = _trained(session, base, stage.adapter)
+        learner = await crew.policy(trained, stage.optimizer, steps=steps, loss=objective.loss)
         train, heldout = known
         if live:
             train = heldout = LiveReference(await crew.reference(model))
@@ -198,6 +201,11 @@ async def _export(session: Session, learner: LearnerGroup, stage: str) -> str:
     await learner.export(folder)
     shutil.rmtree(folder.parent / "checkpoints", ignore_errors=True)
     return str(folder)
+
+
+def _trained(session: Session, path: str, adapter: Adapter | None) -> Model:
+    """What the stage trains, with the adapter it asks for."""
+    return session.run.model.training(adapter).model_copy(update={"path": path})
 
 
 def _model(session: Session, path: str) -> Model:

@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
@@ -26,7 +27,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from actors.weights import gloo
 from actors.weights.checksum import digest, resolve
-from actors.weights.wire import TensorMeta, num_bytes, plan
+from actors.weights.served_adapter import serve_adapter
+from actors.weights.wire import ServedAdapter, TensorMeta, num_bytes, plan
 
 
 @dataclass(kw_only=True)  # vLLM's base is not frozen, so this cannot be
@@ -42,6 +44,7 @@ class ReceiverInit(WeightTransferInitInfo):
     timeout_s: float
     names: list[str]
     shapes: list[list[int]]
+    adapter: dict[str, Any] | None  # ``wire.ServedAdapter``
 
     def tensors(self) -> list[TensorMeta]:
         pairs = zip(self.names, self.shapes, strict=True)
@@ -71,6 +74,20 @@ class Tap:
             yield name, tensor
 
 
+class Catch(Tap):
+    """Keeps what went through: transports reuse their buffers."""
+
+    def __init__(self) -> None:
+        self.missing: set[str] = set()
+        self.digests: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
+
+    def load_weights(self, pairs: Iterable[tuple[str, Tensor]]) -> set[str]:
+        for name, tensor in self._watch(pairs):
+            self.tensors[name] = tensor.clone()
+        return set(self.tensors)
+
+
 class TappedReceiver(WeightTransferEngine[ReceiverInit, ReceiverUpdate]):
     """What the transports share; each says how it joins and how an update arrives.
 
@@ -90,20 +107,30 @@ class TappedReceiver(WeightTransferEngine[ReceiverInit, ReceiverUpdate]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ReceiverUpdate) -> None:
-        if not self.joined:
-            self.join()
-            self.joined = True
-        model, self.tap = self.model, Tap(self.model, self.missing)
-        self.model = self.tap  # type: ignore[assignment]
-        try:
-            with torch.no_grad():
-                self.version = self.arrive(update_info.version)
-        finally:
-            self.model = model
+        self._receive(Tap(self.model, self.missing), update_info.version)
         if self.tap.missing:
             raise ValueError(
                 f"the sender left out {sorted(self.tap.missing)[:5]}: vLLM would keep their old values"
             )
+
+    def receive_adapter(self, version: int, manager: LRUCacheWorkerLoRAManager) -> None:
+        """The tensors are A and B of the one adapter this engine serves; the model itself stays."""
+        assert self.address.adapter is not None
+        catch = Catch()
+        self._receive(catch, version)
+        serve_adapter(manager, catch.tensors, ServedAdapter(**self.address.adapter))
+
+    def _receive(self, tap: Tap, version: int) -> None:
+        if not self.joined:
+            self.join()
+            self.joined = True
+        model, self.tap = self.model, tap
+        self.model = tap  # type: ignore[assignment]
+        try:
+            with torch.no_grad():
+                self.version = self.arrive(version)
+        finally:
+            self.model = model
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -159,16 +186,21 @@ class WorkerExtension:
     """Methods that vLLM adds to its worker class, for ``collective_rpc``."""
 
     rank: int
+    model_runner: Any
     weight_transfer_engine: TappedReceiver
     start_weight_update: Callable[[], None]  # these three are vLLM's
     update_weights: Callable[[dict[str, Any]], None]
     finish_weight_update: Callable[[], None]
 
     def apply_weight_update(self, version: int) -> dict[str, Any]:
-        """vLLM's three verbs of an update in one call, so that no step can fall between them."""
-        self.start_weight_update()
-        self.update_weights({"version": version})
-        self.finish_weight_update()
+        """vLLM's three verbs of an update in one call, so that no step can fall between them; or the
+        adapter's."""
+        if self.weight_transfer_engine.address.adapter is not None:
+            self.weight_transfer_engine.receive_adapter(version, self.model_runner.lora_manager)
+        else:
+            self.start_weight_update()
+            self.update_weights({"version": version})
+            self.finish_weight_update()
         return {"worker": self.rank, **self.weight_transfer_engine.receipt()}
 
 

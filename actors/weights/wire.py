@@ -32,6 +32,14 @@ def metas(named: Iterable[tuple[str, Tensor]]) -> tuple[TensorMeta, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedAdapter:
+    """What an engine needs to know of A and B to serve them as LoRA."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
     """Where the sender waits and what it will send; everything an engine needs to join."""
 
@@ -43,6 +51,7 @@ class Address:
     bucket_bytes: int
     timeout_s: float
     tensors: tuple[TensorMeta, ...]
+    adapter: ServedAdapter | None = None  # None: the tensors are the model's; else A and B, in PEFT's names
 
     def plain(self, rank_offset: int) -> dict[str, Any]:
         """As vLLM ships it to its workers; worker k of the engine has rank ``rank_offset + k``."""

@@ -4,6 +4,7 @@ Invariant: this package and all it imports load without torch, so a wrong settin
 of a second. Load order is in ``configfile.py``: defaults, then one YAML file, then ``a.b.c=value``.
 """
 
+from orchestrator.config.adapter import Adapter
 from orchestrator.config.data import ChatData, PromptData, Task
 from orchestrator.config.evaluate import Evaluate
 from orchestrator.config.model import Model, Optimizer
@@ -27,6 +28,7 @@ from orchestrator.config.stages import Preference, RewardModel, Sft
 __all__ = [
     "MODEL",
     "RL",
+    "Adapter",
     "ChatData",
     "CriticRole",
     "Deadlines",

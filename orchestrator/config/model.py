@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from orchestrator.config.adapter import Adapter
 from orchestrator.settings import Fraction, Settings
 
 
@@ -23,6 +24,20 @@ class Model(Settings):
     """Attention implementation of Transformers."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about 30 % slower, much less memory."""
+    adapter: Adapter | None = None
+    """Trained instead of the weights, in every stage and role that does not say otherwise; null: all the
+    weights are trained."""
+    freeze: tuple[str, ...] = ()
+    """Weights that are not trained, by patterns of their names, e.g. ["*embed*", "model.layers.[0-9].*"]."""
+
+    def training(self, own: Adapter | None) -> Model:
+        """For a learner whose stage or role asks for the adapter ``own``; None: for this model's."""
+        adapter = own or self.adapter
+        return self.model_copy(update={"adapter": None if adapter and adapter.kind == "none" else adapter})
+
+    def frozen(self) -> Model:
+        """For a role that is not trained."""
+        return self.model_copy(update={"adapter": None, "freeze": ()})
 
 
 class Optimizer(Settings):

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from orchestrator.config.adapter import Adapter
 from orchestrator.config.model import Optimizer
 from orchestrator.settings import Fraction, RoleName, Settings
 
@@ -36,6 +37,8 @@ class TrainedRole(Workers):
     """Weights to start from; default: the last stage's (actor), the reward model's (critic)."""
     optimizer: Optimizer = Optimizer()
     """Optimizer of this role in the rl stage."""
+    adapter: Adapter | None = None
+    """Trained instead of the weights in the rl stage; default: model.adapter."""
 
 
 class CriticRole(TrainedRole):
@@ -124,6 +127,9 @@ class EngineConfig(Settings):
     eager: bool | None = None
     """Skip compilation (and graph capture on GPUs); default: true on CPUs, where compiling takes a minute at
     the start and then halves the time per token of small models, false on GPUs."""
+    receive: Literal["weights", "adapter"] = "weights"
+    """What travels to the engines when the actor trains an adapter: whole weights, merged on the sending
+    side; or A and B only, which vLLM serves as LoRA (lora only; no compilation on CPUs)."""
     bucket_mb: PositiveInt = 64
     """Weights travel in buckets of this size."""
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from orchestrator.config.adapter import check_adapters
 from orchestrator.config.data import Task
 from orchestrator.config.evaluate import Evaluate
 from orchestrator.config.model import Model
@@ -85,6 +86,7 @@ class Run(Settings):
         if self.rl is not None:
             _check_rl(self, self.rl)
             _check_turns(self, self.rl)
+        check_adapters(self)
         return self
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 
+from orchestrator.config.adapter import Adapter
 from orchestrator.config.data import ChatData
 from orchestrator.config.model import Optimizer
 from orchestrator.objectives._base import Objective, objective
@@ -38,6 +39,8 @@ class Sft(Settings):
     """Sequences per optimizer step."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
     """Optimizer of this stage."""
+    adapter: Adapter | None = None
+    """Trained instead of the weights in this stage; default: model.adapter."""
 
     @model_validator(mode="after")
     def _ratios(self) -> Sft:
@@ -70,6 +73,8 @@ class RewardModel(Settings):
     """Weights to start from; default: the last stage's."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
     """Optimizer of this stage."""
+    adapter: Adapter | None = None
+    """Trained instead of the weights in this stage; default: model.adapter."""
 
 
 class Preference(Settings):
@@ -93,3 +98,5 @@ class Preference(Settings):
     """Pairs (for kto rows) per optimizer step."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-6)
     """Optimizer of this stage."""
+    adapter: Adapter | None = None
+    """Trained instead of the weights in this stage; default: model.adapter."""

@@ -1,0 +1,45 @@
+"""Whether what a run wants to train is there: adapters and frozen weights tried on a model without memory."""
+
+import importlib.util
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from actors.adapter import adapt, freeze
+from actors.model import LanguageModel, PolicyModel
+from orchestrator.config import Adapter, Run
+from orchestrator.config.adapter import trained_with
+
+
+def check_trainable(run: Run) -> None:
+    """ValueError for layers or weights that the base model does not have, and for what cannot run here."""
+    adapters = {field: adapter for field, (adapter, *_) in trained_with(run).items() if adapter is not None}
+    if not adapters and not run.model.freeze:
+        return
+    for field, adapter in adapters.items():
+        _check_quantize(field, adapter)
+        if adapter.kind == "prefix" and run.model.gradient_checkpointing:
+            raise ValueError(
+                f"{field}.kind=prefix with model.gradient_checkpointing: Transformers drops the prefix's "
+                "keys and values there; switch one of them off, or use prompt"
+            )
+        adapt(_skeleton(run), adapter, total_steps=100)
+    if run.model.freeze:
+        freeze(_skeleton(run), run.model.freeze)
+
+
+def _check_quantize(field: str, adapter: Adapter) -> None:
+    if adapter.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"{field}.quantize={adapter.quantize} needs bitsandbytes, which is not installed here; "
+            "`pip install bitsandbytes`, or leave quantize out: lora on the whole base"
+        )
+
+
+def _skeleton(run: Run) -> LanguageModel:
+    """The base model's modules and names, on ``meta``."""
+    config = AutoConfig.from_pretrained(run.model.path, revision=run.model.revision)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return PolicyModel(model, gradient_checkpointing=False)

@@ -9,12 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from actors.adapter import adapt, freeze
 from actors.model import LanguageModel, PolicyModel
 from orchestrator.config import Adapter, Run
-from orchestrator.config.adapter import trained_with
 
 
 def check_trainable(run: Run) -> None:
     """ValueError for layers or weights that the base model does not have, and for what cannot run here."""
-    adapters = {field: adapter for field, (adapter, *_) in trained_with(run).items() if adapter is not None}
+    adapters = {field: adapter for field, (adapter, *_) in run.trained.items() if adapter is not None}
     if not adapters and not run.model.freeze:
         return
     for field, adapter in adapters.items():

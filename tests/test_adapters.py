@@ -18,6 +18,8 @@ from actors.model import PolicyModel
 from actors.reward import Judge, RewardLearner
 from orchestrator.batch import Examples
 from orchestrator.config import Adapter, Model, Run
+from orchestrator.plan.memory import trained_params
+from orchestrator.plan.shapes import Shape
 from tests import tiny
 from tests.ranks import Place, Ranks
 from tests.test_workers import (
@@ -286,3 +288,13 @@ def test_a_role_and_a_stage_can_say_otherwise_than_the_model() -> None:
     assert run.model.training(run.roles.actor.adapter).adapter.rank == 4
     assert run.model.training(run.roles.critic.adapter).adapter.kind == "dora"
     assert run.model.frozen().adapter is None
+
+
+def test_the_plan_counts_what_lora_trains() -> None:
+    """Rank 8 on the linear layers of SmolLM2-135M: 30 x (q, o 576 x 576; k, v 576 x 192; gate, up and
+    down 576 x 1536)."""
+    shape = Shape(hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_dim=64, vocab=49152,
+                  tied=True, max_positions=8192)  # fmt: skip
+    by_hand = 30 * 8 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
+    assert trained_params(shape, Adapter(rank=8)) == by_hand == 2442240
+    assert trained_params(shape, None) == shape.params

@@ -1,4 +1,4 @@
-"""What is trained instead of all the weights, and which kinds a stage, a role or the engine cannot carry.
+"""What is trained instead of all the weights.
 
 merges          lora, dora, adalora          a plain model folder comes out; any stage
 lives beside    prefix, prompt, p_tuning     stays a PEFT folder: nothing after it can load it
@@ -6,17 +6,13 @@ lives beside    prefix, prompt, p_tuning     stays a PEFT folder: nothing after 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from orchestrator.settings import Settings
 
-if TYPE_CHECKING:
-    from orchestrator.config.run import Run
-
 PROMPT_KINDS = ("prefix", "prompt", "p_tuning")
-MAX_SERVED_RANK = 512  # vLLM's largest max_lora_rank
 
 
 class Adapter(Settings):
@@ -64,104 +60,3 @@ class Adapter(Settings):
                 "adapts no layer; leave it out"
             )
         return self
-
-
-def check_adapters(run: Run) -> None:
-    """ValueError for what a stage, a role or the engine cannot carry."""
-    trained = trained_with(run)
-    for field, (adapter, zero_stage, num_workers) in trained.items():
-        if run.model.freeze and adapter is not None:
-            raise ValueError(
-                f"model.freeze={list(run.model.freeze)} and {field}.kind={adapter.kind} are both set; an "
-                "adapter freezes all the weights: keep one of them"
-            )
-        if adapter is not None:
-            _check_sharding(run, field, adapter, zero_stage=zero_stage, num_workers=num_workers)
-    _check_stages(run)
-    if run.rl is not None:
-        _check_engine(run)
-
-
-def trained_with(run: Run) -> dict[str, tuple[Adapter | None, int, int]]:
-    """Of each stage or role under training, by the field that says it: its adapter, its ZeRO stage, and its
-    workers."""
-    model, roles = run.model, run.roles
-    found: dict[str, tuple[Adapter | None, int, int]] = {}
-    places = {"sft": roles.actor, "reward_model": roles.reward, "preference": roles.actor}
-    for name, place in places.items():
-        stage = getattr(run, name)
-        if stage is not None:
-            adapter = model.training(stage.adapter).adapter
-            found[f"{name}.adapter"] = (adapter, stage.optimizer.zero_stage, place.num_workers)
-    if run.rl is not None:
-        for name in ("actor", *sorted({"critic"} & run.rl.algorithm.roles())):
-            role = getattr(roles, name)
-            if role is not None:
-                adapter = model.training(role.adapter).adapter
-                found[f"roles.{name}.adapter"] = (adapter, role.optimizer.zero_stage, role.num_workers)
-    return found
-
-
-def _check_sharding(run: Run, field: str, adapter: Adapter, *, zero_stage: int, num_workers: int) -> None:
-    sharded = zero_stage == 3 and num_workers > 1
-    if sharded and (adapter.kind in ("dora", *PROMPT_KINDS) or adapter.quantize):
-        what = f"quantize={adapter.quantize}" if adapter.quantize else f"kind={adapter.kind}"
-        raise ValueError(
-            f"{field}.{what} reads weights outside of the layers that ZeRO stage 3 gathers them for; set "
-            "optimizer.zero_stage to 2 or less, or use lora"
-        )
-    whole = run.model.dtype == "float32" and (zero_stage == 0 or num_workers == 1)
-    if adapter.kind == "adalora" and not whole:
-        raise ValueError(
-            f"{field}.kind=adalora weighs ranks by whole gradients, which ZeRO stage {zero_stage} in "
-            f"{run.model.dtype} on {num_workers} worker(s) does not keep; use model.dtype=float32 and "
-            "optimizer.zero_stage=0, or use lora"
-        )
-
-
-def _check_stages(run: Run) -> None:
-    """Prefix, prompt and p_tuning cannot be merged, so what they trained only PEFT loads."""
-    order = ("sft", "reward_model", "preference", "rl")
-    present = [name for name in order if getattr(run, name) is not None]
-    for name in present:
-        if name == "rl":
-            continue
-        stage = getattr(run, name)
-        adapter = run.model.training(stage.adapter).adapter
-        if adapter is None or adapter.merges:
-            continue
-        later = present[present.index(name) + 1 :]
-        if name == "reward_model":
-            later = [other for other in later if other == "rl"]
-        if later:
-            raise ValueError(
-                f"{name}.adapter.kind={adapter.kind} cannot be merged into a model folder, which {later[0]} "
-                f"would start from; use lora, dora or adalora in {name}, or make it the last stage"
-            )
-        if name == "sft" and run.sft is not None and run.sft.packing:
-            raise ValueError(
-                f"sft.packing with sft.adapter.kind={adapter.kind}: only the first row of a packed sequence "
-                "would see the virtual tokens; use packing: false, or lora"
-            )
-
-
-def _check_engine(run: Run) -> None:
-    adapter = run.model.training(run.roles.actor.adapter).adapter
-    if adapter is not None and not adapter.merges:
-        raise ValueError(
-            f"roles.actor.adapter.kind={adapter.kind} in the rl stage: neither vLLM nor the weight transfer "
-            "carries virtual tokens, so samples would come from another policy; use lora, dora or adalora"
-        )
-    if run.engine.receive == "weights":
-        return
-    kind = "none" if adapter is None else adapter.kind
-    if adapter is None or kind != "lora":
-        raise ValueError(
-            f"engine.receive=adapter with roles.actor.adapter.kind={kind}: vLLM serves plain LoRA only; use "
-            "lora, or engine.receive=weights, which merges every kind on the sending side"
-        )
-    if adapter.rank > MAX_SERVED_RANK:
-        raise ValueError(
-            f"engine.receive=adapter with adapter.rank={adapter.rank}: vLLM serves ranks up to "
-            f"{MAX_SERVED_RANK}; lower it, or use engine.receive=weights"
-        )

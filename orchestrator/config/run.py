@@ -7,13 +7,13 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from orchestrator.config.adapter import check_adapters
 from orchestrator.config.data import Task
 from orchestrator.config.evaluate import Evaluate
 from orchestrator.config.model import Model
 from orchestrator.config.rl import RL
 from orchestrator.config.roles import MODEL, Deadlines, EngineConfig, Placement, RewardRole, RoleTable
 from orchestrator.config.stages import Preference, RewardModel, Sft
+from orchestrator.config.trained import Trained, check_adapters, trained_with
 from orchestrator.settings import Settings
 
 
@@ -86,8 +86,19 @@ class Run(Settings):
         if self.rl is not None:
             _check_rl(self, self.rl)
             _check_turns(self, self.rl)
-        check_adapters(self)
+        check_adapters(self.model, self.roles, self.supervised, self.rl, self.engine)
         return self
+
+    @property
+    def supervised(self) -> dict[str, Sft | RewardModel | Preference]:
+        """The supervised stages of this run, by name, in their order."""
+        named = {"sft": self.sft, "reward_model": self.reward_model, "preference": self.preference}
+        return {name: stage for name, stage in named.items() if stage is not None}
+
+    @property
+    def trained(self) -> Trained:
+        """With which adapter each stage and role trains, by field."""
+        return trained_with(self.model, self.roles, self.supervised, self.rl)
 
 
 def _check_engine(engine: EngineConfig) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.config import Model, Optimizer, Run
+from orchestrator.config import Adapter, Model, Optimizer, Run
 from orchestrator.plan.devices import GIB, MIB, Device
 from orchestrator.plan.shapes import Shape
 from orchestrator.plan.workload import Workload
@@ -100,6 +100,7 @@ class Job:
     role: str
     shape: Shape | None  # None: a reward that is a function and no model
     optimizer: Optimizer | None  # None: frozen
+    adapter: Adapter | None = None  # what is trained; None: all the weights
     rows: int  # sequences that one worker has in hand at most
 
 
@@ -114,7 +115,7 @@ def worker_memory(setting: Setting, job: Job) -> WorkerMemory:
     if job.optimizer is None:
         parts = [Part(name="parameters", bytes=job.shape.params * setting.dtype)]
     else:
-        parts = _trained(setting, job.role, job.shape, job.optimizer, own.num_workers)
+        parts = _trained(setting, job, own.num_workers)
     trained = job.optimizer is not None
     parts += _activations(setting.run.model, job.shape, tokens, setting.workload, trained=trained)
     if job.role == "actor" and setting.serves:
@@ -150,35 +151,46 @@ def zero_stage(wanted: int, dtype: int, ranks: int) -> int:
     return 2 if ranks == 1 else max(2, wanted)
 
 
-def _trained(setting: Setting, role: str, shape: Shape, optimizer: Optimizer, ranks: int) -> list[Part]:
+def trained_params(shape: Shape, adapter: Adapter | None) -> int:
+    """All the weights; or of lora A and B of every linear layer, which is more than other kinds have."""
+    if adapter is None:
+        return shape.params
+    rank = adapter.initial_rank if adapter.kind == "adalora" else adapter.rank
+    h, q, kv, f = shape.hidden, shape.q, shape.kv, shape.intermediate
+    return min(shape.params, shape.layers * rank * (2 * (h + q) + 2 * (h + kv) + 3 * (h + f)))
+
+
+def _trained(setting: Setting, job: Job, ranks: int) -> list[Part]:
     """Weights, gradients and optimizer under DeepSpeed, and the largest of what comes and goes beside them.
 
     float32 without sharding steps the weights themselves: 4 + 4 + 8 bytes a parameter. Otherwise each rank
     has its part of float32 masters and of two moments (12), of float32 gradients (4) and, in the step, of a
     flat copy of them (4).
     """
-    P, d = shape.params, setting.dtype
+    assert job.shape is not None and job.optimizer is not None
+    optimizer, d, P = job.optimizer, setting.dtype, job.shape.params
+    T = trained_params(job.shape, job.adapter)
     stage = zero_stage(optimizer.zero_stage, d, ranks)
     moments = 4 if optimizer.name == "muon" else 8
     if stage == 0:
         parts = [
-            Part(name="parameters", bytes=P * d), Part(name="gradients", bytes=4 * P),
-            Part(name="optimizer", bytes=moments * P, spread=0.05),
+            Part(name="parameters", bytes=P * d), Part(name="gradients", bytes=4 * T),
+            Part(name="optimizer", bytes=moments * T, spread=0.05),
         ]  # fmt: skip
     else:
-        mine = P / ranks
+        mine = T / ranks
         gathered = min(P, LIVE_ELEMENTS) * d if stage == 3 and ranks > 1 else 0.0
-        gradients = 4 * (P if stage == 1 else mine)
+        gradients = 4 * (T if stage == 1 else mine)
         buckets = 2 * min(REDUCE_ELEMENTS, P) * 4
         parts = [
-            Part(name="parameters", bytes=P * d if stage < 3 else mine * d),
+            Part(name="parameters", bytes=P * d if stage < 3 else P / ranks * d),
             Part(name="gradients", bytes=gradients + 4 * mine, spread=0.1),
             Part(name="optimizer", bytes=(4 + moments) * mine, spread=0.05),
             Part(name="communication", bytes=buckets + gathered, spread=0.3),
         ]
     rl = setting.run.rl
-    if role == "actor" and setting.serves and rl is not None and rl.ema_decay is not None:
-        parts.append(Part(name="average (rl.ema_decay)", bytes=4 * P / (ranks if stage else 1)))
+    if job.role == "actor" and setting.serves and rl is not None and rl.ema_decay is not None:
+        parts.append(Part(name="average (rl.ema_decay)", bytes=4 * T / (ranks if stage else 1)))
     return parts
 
 

@@ -50,18 +50,25 @@ def stages(run: Run, shapes: Shapes, rl_workload: Workload | None) -> list[Stage
     if run.sft:
         job = Job(
             role="actor", shape=shapes.of("actor"), optimizer=run.sft.optimizer,
+            adapter=run.model.training(run.sft.adapter).adapter,
             rows=per_worker("actor", run.sft.batch_size),
         )  # fmt: skip
         found.append(Stage(name="sft", jobs=(job,), workload=whole))
     if run.reward_model:
         job = Job(
             role="reward", shape=shapes.of("reward"), optimizer=run.reward_model.optimizer,
+            adapter=run.model.training(run.reward_model.adapter).adapter,
             rows=per_worker("reward", 2 * run.reward_model.batch_size),
         )  # fmt: skip
         found.append(Stage(name="reward_model", jobs=(job,), workload=whole))
     if run.preference:
         rows = per_worker("actor", 2 * run.preference.batch_size)
-        jobs = [Job(role="actor", shape=shapes.of("actor"), optimizer=run.preference.optimizer, rows=rows)]
+        jobs = [
+            Job(
+                role="actor", shape=shapes.of("actor"), optimizer=run.preference.optimizer, rows=rows,
+                adapter=run.model.training(run.preference.adapter).adapter,
+            )
+        ]  # fmt: skip
         if run.preference.objective.needs_reference:
             jobs.append(Job(role="reference", shape=shapes.of("reference"), optimizer=None, rows=rows))
         found.append(Stage(name="preference", jobs=tuple(jobs), workload=whole))
@@ -85,6 +92,7 @@ def _rl_jobs(run: Run, shapes: Shapes) -> tuple[Job, ...]:
     jobs = [
         Job(
             role="actor", shape=shapes.of("actor"), optimizer=table.actor.optimizer,
+            adapter=run.model.training(table.actor.adapter).adapter,
             rows=share(minibatch, table.actor.num_workers),
         ),
         Job(role="engine", shape=shapes.of("actor"), optimizer=None, rows=share(batch, run.engine.replicas)),
@@ -95,7 +103,16 @@ def _rl_jobs(run: Run, shapes: Shapes) -> tuple[Job, ...]:
     ]  # fmt: skip
     if critic is not None:
         rows = share(minibatch, critic.num_workers)
-        jobs.append(Job(role="critic", shape=shapes.of("critic"), optimizer=critic.optimizer, rows=rows))
+        trained = run.model.training(critic.adapter).adapter
+        jobs.append(
+            Job(
+                role="critic",
+                shape=shapes.of("critic"),
+                optimizer=critic.optimizer,
+                rows=rows,
+                adapter=trained,
+            )
+        )
     if reference is not None:
         rows = share(batch, reference.num_workers)
         jobs.append(Job(role="reference", shape=shapes.of("reference"), optimizer=None, rows=rows))

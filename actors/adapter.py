@@ -9,7 +9,8 @@ which tensors make it, and merges one weight at a time, for whoever sends, expor
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +19,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.adalora import SVDLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -41,23 +42,9 @@ def adapt(model: LanguageModel, adapter: Adapter, *, total_steps: int, name: str
     """
     dtype = next(model.parameters()).dtype
     model.requires_grad_(False)
-    backbone = model.model.base_model
     if adapter.merges:
-        config = peft_config(adapter, total_steps)
-        try:
-            inject_adapter_in_model(config, backbone, name)
-        except ValueError as error:
-            linear = sorted({n.rpartition(".")[2] for n, m in backbone.named_modules() if _is_linear(m)})
-            raise ValueError(
-                f"adapter.target_modules={list(adapter.target_modules)}: no layer of "
-                f"{type(model.model).__name__} has such a name; its linear layers are {', '.join(linear)}"
-            ) from error
-        for path, layer in layers_of(backbone):
-            if not _is_linear(layer.get_base_layer()):
-                raise ValueError(
-                    f"adapter.target_modules={list(adapter.target_modules)} names {path}, which is no linear "
-                    "layer; leave it out"
-                )
+        _inject(model, adapter, total_steps, name)
+        _activate(model, name)
     else:
         model.virtual = VirtualTokens(adapter, model.model)
     for parameter in model.parameters():
@@ -66,6 +53,64 @@ def adapt(model: LanguageModel, adapter: Adapter, *, total_steps: int, name: str
     for module in model.modules():
         if isinstance(module, ScalarHead):
             module.requires_grad_(True)
+
+
+def _inject(model: LanguageModel, adapter: Adapter, total_steps: int, name: str) -> None:
+    backbone, targets = model.model.base_model, list(adapter.target_modules)
+    try:
+        inject_adapter_in_model(peft_config(adapter, total_steps), backbone, name)
+    except ValueError as error:
+        linear = sorted({n.rpartition(".")[2] for n, m in backbone.named_modules() if _is_linear(m)})
+        raise ValueError(
+            f"adapter.target_modules={targets}: no layer of {type(model.model).__name__} has such a name; "
+            f"its linear layers are {', '.join(linear)}"
+        ) from error
+    for path, layer in layers_of(backbone):
+        if not _is_linear(layer.get_base_layer()):
+            raise ValueError(
+                f"adapter.target_modules={targets} names {path}, which is no linear layer; leave it out"
+            )
+
+
+def _activate(model: LanguageModel, name: str) -> None:
+    """Only this adapter is used and trained; PEFT switches on and off as it adds them."""
+    for own, parameter in model.model.base_model.named_parameters():
+        if ".lora_" in own:
+            parameter.requires_grad_(f".{name}" in own)
+    for _, layer in layers_of(model.model):
+        layer._active_adapter = [name]
+
+
+def add_trained(model: LanguageModel, folder: Path, name: str) -> None:
+    """Another adapter beside what is there, read from a PEFT folder and frozen. ValueError for tensors that
+    this model has no place for."""
+    backbone = model.model.base_model
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = True
+    inject_adapter_in_model(config, backbone, name)
+    saved = load_file(folder / WEIGHTS)
+    for own, parameter in model.model.named_parameters():
+        if f".{name}" in own and ".lora_" in own:
+            key = f"base_model.model.{_file_name(own, name)}"
+            if key not in saved:
+                raise ValueError(f"{folder / WEIGHTS} lacks {key}; it was trained on another model")
+            parameter.data = saved[key].to(parameter.device, model.model.dtype)
+    _activate(model, NAME)
+
+
+@contextmanager
+def using(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Forward passes go through this adapter alone, or through the base alone. PEFT's own switches would also
+    change what is trained."""
+    layers = [layer for _, layer in layers_of(model)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [name or NAME], name is None
+    try:
+        yield
+    finally:
+        for layer, (active, off) in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, off
 
 
 def peft_config(adapter: Adapter, total_steps: int = 1) -> PeftConfig:
@@ -193,7 +238,7 @@ def write_peft(
     config.base_model_name_or_path, config.inference_mode = base, True
     if adapter.merges:
         found = {path.rpartition(".")[2] for path, _ in layers_of(model.model)}
-        config.target_modules = sorted(found)
+        config.target_modules = sorted(adapter.target_modules or found)
         config.modules_to_save = ["score"] if classifier else None
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)

@@ -60,15 +60,17 @@ class Backend:
         *,
         total_steps: int,
         ema_decay: float | None = None,
+        head_rate: float | None = None,
     ) -> None:
         """The process group must exist. ``total_steps`` is how often ``step`` will be called, in all runs
-        together; ``ema_decay`` None keeps no average of the weights."""
+        together; ``ema_decay`` None keeps no average of the weights; ``head_rate``: the peak learning rate
+        of scalar heads, None for everyone's."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.settings, self.total_steps = optimizer, total_steps
         self.num_taken, self.num_skipped = 0, 0  # optimizer steps
         dtype = next(model.parameters()).dtype
         self.stage = _stage(optimizer.zero_stage, dtype, self.world_size)
-        self.optimizer = build_optimizer(model, optimizer)
+        self.optimizer = build_optimizer(model, optimizer, head_rate)
         self.tied = _tied(model)
         num_elements = sum(p.numel() for p in model.parameters())
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -159,7 +159,11 @@ class ScorerGroup(WorkerGroup):
 
     async def score(self, batch: Batch | Examples) -> Tensor:
         """[B, T] float32, row for row."""
-        return await self._gather(batch, [worker.handle.score for worker in self.workers])
+        return await self._gather(batch, [self.scoring(worker) for worker in self.workers])
+
+    def scoring(self, worker: RemoteWorker) -> ActorMethod:
+        """The verb of a worker that answers ``score``."""
+        return worker.handle.score
 
     async def distributions(self, batch: Batch) -> Tensor:
         """[B, T, V] float32, row for row; actor and reference have it."""
@@ -171,7 +175,7 @@ class ScorerGroup(WorkerGroup):
 
     async def _score_rollouts(self, rollouts: list[Rollout]) -> list[Tensor]:
         examples = collate_examples([Unit(rows=((r.tokens, r.action_mask),)) for r in rollouts], pad_id=0)
-        scores = await self._gather(examples, [worker.handle.score for worker in self.workers])
+        scores = await self._gather(examples, [self.scoring(worker) for worker in self.workers])
         return [row[: len(rollout.tokens)].clone() for row, rollout in zip(scores, rollouts, strict=True)]
 
     async def _gather(self, records: Batch | Examples, verbs: Sequence[ActorMethod]) -> Tensor:

@@ -150,10 +150,23 @@ class PolicyModel(LanguageModel):
         The vocabulary is computed for the positions of the mask only. The first token has nothing before it:
         0.0. Plain tensors, not a record: DeepSpeed looks for tensors in tuples to hang its hooks on.
         """
+        states = self.hidden_states(tokens, attention_mask, positions)
+        return self.answer(states, tokens, mask, temperature, entropy, distribution)
+
+    def answer(
+        self,
+        states: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        temperature: float,
+        entropy: bool,
+        distribution: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As ``forward``, of hidden states [B, T, d]."""
         asked = mask.clone()
         asked[:, 0] = False
         at = asked.flatten().nonzero().squeeze(1)
-        states = self.hidden_states(tokens, attention_mask, positions).flatten(0, 1).index_select(0, at - 1)
+        states = states.flatten(0, 1).index_select(0, at - 1)
         head = self.model.get_output_embeddings()
         found = head(states, tokens.flatten()[at], temperature, entropy, distribution)
         placed: list[Tensor | None] = []
@@ -186,9 +199,7 @@ class ValueModel(LanguageModel):
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
         """Value of the state BEFORE each token, [B, T] float32, 0.0 where ``mask`` is False (BUGS A3)."""
-        after = self.model.score(self.hidden_states(tokens, attention_mask))
-        before = F.pad(after[:, :-1], (1, 0))
-        return torch.where(mask, before, 0.0)  # not a product: NaN x 0 is NaN (BUGS C5)
+        return values_before(self.model.score, self.hidden_states(tokens, attention_mask), mask)
 
     @classmethod
     def load(cls, source: Model, *, head_seed: int | None = None) -> "ValueModel":
@@ -200,14 +211,24 @@ class ScoreModel(LanguageModel):
 
     def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Score at the last attended token, [B] float32, wherever the padding is (BUGS A5)."""
-        columns = torch.arange(tokens.shape[1], device=tokens.device)
-        last = torch.where(attention_mask, columns, -1).max(1).values
-        states = self.hidden_states(tokens, attention_mask)
-        return self.model.score(states[torch.arange(len(last), device=last.device), last])
+        return self.model.score(last_states(self.hidden_states(tokens, attention_mask), attention_mask))
 
     @classmethod
     def load(cls, source: Model, *, head_seed: int | None = None) -> "ScoreModel":
         return cls(_load_scalar(source, head_seed), source.gradient_checkpointing)
+
+
+def values_before(head: nn.Module, states: Tensor, mask: Tensor) -> Tensor:
+    """States [B, T, d] -> what the head says of the state BEFORE each token, [B, T], 0.0 off ``mask``."""
+    before = F.pad(head(states)[:, :-1], (1, 0))
+    return torch.where(mask, before, 0.0)  # not a product: NaN x 0 is NaN (BUGS C5)
+
+
+def last_states(states: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B, T, d] -> [B, d] at the last attended token, wherever the padding is."""
+    columns = torch.arange(states.shape[1], device=states.device)
+    last = torch.where(attention_mask, columns, -1).max(1).values
+    return states[torch.arange(len(last), device=last.device), last]
 
 
 def _config(source: Model, num_labels: int | None = None) -> PretrainedConfig:

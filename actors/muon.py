@@ -86,14 +86,21 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return (x.T if tall else x).float()
 
 
-def build_optimizer(model: LanguageModel, settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW, or Muon for the matrices and AdamW for the rest.
+def build_optimizer(
+    model: LanguageModel, settings: Optimizer, head_rate: float | None = None
+) -> torch.optim.AdamW:
+    """AdamW, or Muon for the matrices and AdamW for the rest. ``head_rate``: the peak of scalar heads.
 
     Every group has ``peak``, its own learning rate at the top of the schedule. Weight decay on matrices only:
     pulling a norm's gain or a bias towards zero is not regularisation.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {id(p) for p in _inner_matrices(model)} if settings.name == "muon" else set()
+    heads: list[nn.Parameter] = []
+    if head_rate is not None:
+        scalar = [module for module in model.modules() if isinstance(module, ScalarHead)]
+        heads = [p for module in scalar for p in module.parameters() if p.requires_grad]
+        trained = [p for p in trained if not any(p is head for head in heads)]
     adam_rate = settings.learning_rate
     if settings.name == "muon" and settings.adam_learning_rate is not None:
         adam_rate = settings.adam_learning_rate
@@ -101,6 +108,7 @@ def build_optimizer(model: LanguageModel, settings: Optimizer) -> torch.optim.Ad
         {"params": [p for p in trained if id(p) in matrices], "muon": True, "peak": settings.learning_rate},
         {"params": [p for p in trained if p.dim() >= 2 and id(p) not in matrices], "peak": adam_rate},
         {"params": [p for p in trained if p.dim() < 2], "peak": adam_rate, "weight_decay": 0.0},
+        {"params": heads, "peak": head_rate},
     ]
     own = {"muon": False, "weight_decay": settings.weight_decay}
     groups = [own | group | {"lr": group["peak"]} for group in groups if group["params"]]

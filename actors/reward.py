@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from actors.learner import Learner
 from actors.model import ScoreModel
@@ -47,7 +48,7 @@ class Judge(Worker):
             scorer = ScoreModel.load(self.model, head_seed=self.seed)
             self.scorer = scorer.to(self.device).requires_grad_(False).eval()
             if self.normalize:
-                self.mean, self.std = _statistics(scorer, self.model.path)
+                self.mean, self.std = statistics_of(self.model.path)
 
     def reside(self, level: Residency) -> None:
         if self.model is not None:
@@ -86,9 +87,9 @@ class Judge(Worker):
         return parts
 
 
-def _statistics(scorer: ScoreModel, path: str) -> tuple[float, float]:
+def statistics_of(path: str) -> tuple[float, float]:
     """Mean and standard deviation that the reward_model stage left; ValueError when it did not."""
-    config = scorer.model.config.to_dict()
+    config = AutoConfig.from_pretrained(path).to_dict()
     if REWARD_MEAN not in config or not config.get(REWARD_STD):
         raise ValueError(
             f"roles.reward.normalize: {path} keeps no {REWARD_MEAN} and {REWARD_STD} in its config.json; "

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from ray.util.placement_group import PlacementGroup
 
 from actors.actor import Actor
+from actors.backbone import Backbone
+from actors.backbone_group import BackboneGroup, BackboneReference, BackboneReward
 from actors.critic import Critic
 from actors.fleet import EngineFleet
 from actors.group import (
@@ -28,6 +30,7 @@ from actors.worker import RosterLine
 from launch.cluster import Cluster
 from launch.engines import connect_weights, spawn_engines, turn_takers
 from launch.environment import MODEL_ENV, WORKER_ENV
+from launch.trainable import reward_adapter
 from orchestrator.config import MODEL, Adapter, Model, Optimizer, Run, Workers
 from orchestrator.placement import Layout
 from orchestrator.roles import Role, Roles
@@ -104,14 +107,16 @@ class Crew:
         def model(role: str, adapter: Adapter | None) -> Model:
             return self.run.model.training(adapter).model_copy(update={"path": models[role]})
 
+        policy = {
+            "model": model("actor", table.actor.adapter), "optimizer": table.actor.optimizer,
+            "total_steps": (rl.steps - rl.critic_warmup) * per_step, "loss": rl.algorithm.policy_loss,
+            "temperature": temperature, "entropy": rl.algorithm.wants_entropy,
+            "distribution": rl.algorithm.wants_distribution, "ema_decay": rl.ema_decay,
+        }  # fmt: skip
+        if self.run.placement.backbone == "shared":
+            return await self._shared(policy, models)
         starts: dict[str, Any] = {
-            "actor": self.group(
-                Actor, ActorGroup, "actor", model=model("actor", table.actor.adapter),
-                optimizer=table.actor.optimizer,
-                total_steps=(rl.steps - rl.critic_warmup) * per_step, loss=rl.algorithm.policy_loss,
-                temperature=temperature, entropy=rl.algorithm.wants_entropy,
-                distribution=rl.algorithm.wants_distribution, ema_decay=rl.ema_decay,
-            ),
+            "actor": self.group(Actor, ActorGroup, "actor", **policy),
             "engine": self.engines(models["actor"], lora_rank=self._served_rank()),
             "reward": self.reward(models.get("reward")),
         }  # fmt: skip
@@ -134,6 +139,35 @@ class Crew:
         roles = Roles(**dict(zip(starts, handles, strict=True)))
         await connect_weights(self.run, roles.actor, roles.engine)
         return taking_turns(roles, turn_takers(self.run))
+
+    async def _shared(self, policy: dict[str, Any], models: dict[str, str]) -> Roles:
+        """All roles but the engine in the actor's workers."""
+        rl, table = self.run.rl, self.run.roles
+        assert rl is not None
+        judged = models.get("reward")
+        weights = table.reward.weights(stage=judged is not None)
+        adapter = reward_adapter(judged, models["actor"]) if judged and MODEL in weights else None
+        critic = table.critic if "critic" in rl.algorithm.roles() else None
+        host, engine = await asyncio.gather(
+            self.group(
+                Backbone, BackboneGroup, "actor", **policy,
+                value_loss=None if critic is None else rl.algorithm.value_loss,
+                value_coef=self.run.placement.value_coef,
+                head_rate=None if critic is None else critic.optimizer.learning_rate,
+                reward_adapter=adapter, reward_model=judged if table.reward.normalize else None,
+                functions=table.reward.specs(),
+            ),
+            self.engines(models["actor"], lora_rank=self._served_rank()),
+        )  # fmt: skip
+        roles = Roles(
+            actor=host,
+            engine=engine,
+            reward=BackboneReward(host, weights, list(table.reward.specs())),
+            critic=None if critic is None else host.with_critic(),
+            reference=BackboneReference(host) if "reference" in rl.algorithm.roles() else None,
+        )
+        await connect_weights(self.run, host, engine)
+        return roles
 
     def _served_rank(self) -> int | None:
         """Of the actor's adapter where the engines serve it themselves."""
@@ -165,4 +199,6 @@ class Crew:
 def rl_roles(run: Run) -> list[str]:
     """The roles that the algorithm, as configured, starts."""
     assert run.rl is not None
+    if run.placement.backbone == "shared":
+        return ["actor", "engine"]
     return ["actor", "engine", "reward", *sorted(run.rl.algorithm.roles())]

@@ -38,6 +38,7 @@ Trains language models from human feedback on Ray, DeepSpeed and vLLM.
 verbs
   train RUN... [a.b.c=value ...] [--resume | --fresh]   train; RUN is a YAML file or a preset
   evaluate RUN... [a.b.c=value ...]                     measure a checkpoint: loss, reward, pass@k, win rate
+  export RUN|ADAPTER --to FOLDER [--base MODEL]         merge an adapter into a plain model folder
   config RUN... [a.b.c=value ...]                       print the run with every default filled in
   report RUN                                            one page: curves, device time, timeline, samples
   train --help                                          every field of a run
@@ -147,6 +148,24 @@ def report(argv: Sequence[str]) -> int:
     return pages.main(Path(words[0]) if is_folder else resolve(words).run_dir)
 
 
+def export(argv: Sequence[str]) -> int:
+    """``quartet export RUN... --to FOLDER`` or ``quartet export ADAPTER --to FOLDER [--base MODEL]``."""
+    parser = run_parser("export")
+    parser.add_argument("-h", "--help", action="help")
+    parser.add_argument("--to", required=True, type=Path, help="folder of the merged model")
+    parser.add_argument("--base", help="the model it was trained on, where that is no longer where it was")
+    arguments = parser.parse_intermixed_args(argv)
+    folder = Path(arguments.words[0])
+    run = None if folder.is_dir() else resolve(arguments.words)
+
+    prepare_environment()
+    from launch import export as exporting  # noqa: PLC0415 - torch loads here
+
+    adapter = folder if run is None else exporting.adapter_of(run)
+    print(f"merged {adapter} into {exporting.export(adapter, arguments.to, base=arguments.base)}")
+    return 0
+
+
 def on_target(verb: str, argv: Sequence[str]) -> int:
     """``quartet submit RUN... [a.b.c=value ...] --to TARGET [--at key=value] [--wait]``, and its sister
     verbs."""
@@ -190,6 +209,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "config": config,
+    "export": export,
     "report": report,
     **{verb: partial(on_target, verb) for verb in ON_TARGET},
     "plan": plan,

@@ -1,18 +1,21 @@
 """Whether what a run wants to train is there: adapters and frozen weights tried on a model without memory."""
 
 import importlib.util
+from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors.adapter import adapt, freeze
+from actors.adapter import adapt, base_of, freeze
 from actors.model import LanguageModel, PolicyModel
 from orchestrator.config import Adapter, Run
 
 
 def check_trainable(run: Run) -> None:
     """ValueError for layers or weights that the base model does not have, and for what cannot run here."""
+    if run.rl is not None and run.placement.backbone == "shared" and run.roles.reward.model:
+        reward_adapter(run.roles.reward.model, run.roles.actor.model or run.model.path)
     adapters = {field: adapter for field, (adapter, *_) in run.trained.items() if adapter is not None}
     if not adapters and not run.model.freeze:
         return
@@ -26,6 +29,22 @@ def check_trainable(run: Run) -> None:
         adapt(_skeleton(run), adapter, total_steps=100)
     if run.model.freeze:
         freeze(_skeleton(run), run.model.freeze)
+
+
+def reward_adapter(path: str, base: str) -> str:
+    """The PEFT folder beside a reward model's. ValueError where there is none, or one on another base."""
+    folder = Path(f"{path}_adapter")
+    if not (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"placement.backbone=shared: the reward model {path} has no adapter beside it ({folder}); train "
+            "it with reward_model.adapter, or use placement.backbone=separate"
+        )
+    if Path(base_of(folder)).absolute() != Path(base).absolute():
+        raise ValueError(
+            f"placement.backbone=shared: {folder} is an adapter on {base_of(folder)}, the actor is {base}; "
+            "train the reward model on the actor's base, or use placement.backbone=separate"
+        )
+    return str(folder)
 
 
 def _check_quantize(field: str, adapter: Adapter) -> None:

@@ -16,11 +16,13 @@ from actors.adalora import RankSchedule
 from actors.adapter import adapt, freeze, peft_config
 from actors.model import PolicyModel
 from actors.reward import Judge, RewardLearner
+from launch import cli
 from orchestrator.batch import Examples
 from orchestrator.config import Adapter, Model, Run
 from orchestrator.plan.memory import trained_params
 from orchestrator.plan.shapes import Shape
 from tests import tiny
+from tests.models import tiny_model
 from tests.ranks import Place, Ranks
 from tests.test_workers import (
     OPTIMIZER,
@@ -298,3 +300,27 @@ def test_the_plan_counts_what_lora_trains() -> None:
     by_hand = 30 * 8 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
     assert trained_params(shape, Adapter(rank=8)) == by_hand == 2442240
     assert trained_params(shape, None) == shape.params
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_quartet_export_merges_the_adapter_of_a_checkpoint(kind: str, tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "base", tied=True)
+    worker = actor(path, kind)
+    for _ in range(3):
+        step(worker)
+    worker.save(tmp_path / "actor")
+    words = ["export", str(tmp_path / "actor" / "adapter"), "--to", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(plainly(merged), scores(worker), atol=1e-5, rtol=0)
+    assert cli.main(words) == cli.REFUSED  # it is there now
+
+
+def test_quartet_export_refuses_what_cannot_be_merged(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actor(llama, "prompt").export(tmp_path / "prompt")
+    assert cli.main(["export", str(tmp_path / "prompt"), "--to", str(tmp_path / "out")]) == cli.REFUSED
+    assert "which no weights can stand for" in capsys.readouterr().err
+    assert cli.main(["export", llama, "--to", str(tmp_path / "out")]) == cli.REFUSED
+    assert "is no PEFT folder" in capsys.readouterr().err

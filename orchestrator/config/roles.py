@@ -140,6 +140,11 @@ class Placement(Settings):
     take_turns: bool = False
     """Roles that share devices with the engine sleep in the host's memory while it samples, and it while they
     work: each can then fill the devices (engine.gpu_memory_fraction). Needs rl.staleness 0."""
+    backbone: Literal["separate", "shared"] = "separate"
+    """A model for each role; or one frozen base in the actor's workers that serves actor, critic, reward and
+    reference through adapters and heads."""
+    value_coef: PositiveFloat = 0.1
+    """On a shared backbone: what the critic's loss weighs beside the policy's."""
     timeout_s: PositiveFloat = 300
     """How long to wait for the cluster to grant the devices before saying what is missing."""
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from orchestrator.config.backbone import check_backbone
 from orchestrator.config.data import Task
 from orchestrator.config.evaluate import Evaluate
 from orchestrator.config.model import Model
@@ -87,6 +88,8 @@ class Run(Settings):
             _check_rl(self, self.rl)
             _check_turns(self, self.rl)
         check_adapters(self.model, self.roles, self.supervised, self.rl, self.engine)
+        if self.rl is not None and self.placement.backbone == "shared":
+            check_backbone(self.model, self.roles, self.supervised, self.rl)
         return self
 
     @property

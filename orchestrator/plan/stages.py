@@ -101,6 +101,8 @@ def _rl_jobs(run: Run, shapes: Shapes) -> tuple[Job, ...]:
             rows=share(batch, table.reward.num_workers),
         ),
     ]  # fmt: skip
+    if run.placement.backbone == "shared":  # the other roles are adapters and heads of the actor's model
+        return tuple(jobs[:2])
     if critic is not None:
         rows = share(minibatch, critic.num_workers)
         trained = run.model.training(critic.adapter).adapter

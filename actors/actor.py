@@ -93,22 +93,17 @@ class Actor(Learner):
         bucket_mb: int,
         world_size: int,
         timeout_s: float,
-        only_adapter: bool = False,
+        adapter: ServedAdapter | None = None,
     ) -> Address:
         """Waits for nobody; the engines join rank 0's address. Every rank opens and takes part in sends.
-        ``only_adapter``: A and B travel, and the base stays where it is."""
+        ``adapter``: only its A and B travel, and the base stays where it is."""
         self.sender = open_sender(
             transport, rank=self.rank, dtype=getattr(torch, dtype), bucket_mb=bucket_mb, timeout_s=timeout_s
         )
-        self.sends_adapter = only_adapter
-        shapes = self.backend.adapter_shapes() if only_adapter else self.backend.parameter_shapes()
+        self.sends_adapter = adapter is not None
+        shapes = self.backend.adapter_shapes() if adapter else self.backend.parameter_shapes()
         tensors = [TensorMeta(name=name, shape=shape) for name, shape in shapes]
-        address = self.sender.open(tensors, world_size=world_size)
-        if not only_adapter:
-            return address
-        assert self.model.adapter is not None  # config refuses it
-        served = ServedAdapter(rank=self.model.adapter.rank, alpha=self.model.adapter.alpha)
-        return replace(address, adapter=served)
+        return replace(self.sender.open(tensors, world_size=world_size), adapter=adapter)
 
     def send_weights(self, version: int) -> WeightReceipt:
         """Rank 0 sends every weight, adapters merged, or the adapter alone, and answers what it sent; the

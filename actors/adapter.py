@@ -60,7 +60,7 @@ def _inject(model: LanguageModel, adapter: Adapter, total_steps: int, name: str)
     try:
         inject_adapter_in_model(peft_config(adapter, total_steps), backbone, name)
     except ValueError as error:
-        linear = sorted({n.rpartition(".")[2] for n, m in backbone.named_modules() if _is_linear(m)})
+        linear = sorted({name.rpartition(".")[2] for name in linear_names(backbone)})
         raise ValueError(
             f"adapter.target_modules={targets}: no layer of {type(model.model).__name__} has such a name; "
             f"its linear layers are {', '.join(linear)}"
@@ -254,6 +254,11 @@ def _file_name(name: str, adapter: str) -> str:
     if name.endswith(f"lora_magnitude_vector.{adapter}.weight"):
         name = name.removesuffix(".weight")
     return name.replace(f".{adapter}", "")
+
+
+def linear_names(backbone: nn.Module) -> list[str]:
+    """Of the layers that may have an adapter."""
+    return [name for name, module in backbone.named_modules() if _is_linear(module)]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -55,3 +55,9 @@ class Average:
     @staticmethod
     def _file(folder: Path) -> Path:
         return folder / f"average-{dist.get_rank()}.pt"
+
+
+def average_of(averages: dict[int, Tensor], parameter: nn.Parameter) -> Tensor:
+    """Of a parameter that is not trained, or on a rank that keeps no averages: itself."""
+    average = averages.get(id(parameter))
+    return parameter.detach() if average is None else average.to(parameter.device)

@@ -14,9 +14,9 @@ from pathlib import Path
 from ray.actor import ActorMethod
 from torch import Tensor
 
-from actors.coalesce import Coalescer
 from actors.group import ActorGroup, LearnerGroup, RemoteWorker, RoleError, ScorerGroup
 from orchestrator.batch import Batch, Minibatch, Rollout, ScoredRollout
+from orchestrator.coalesce import Coalescer
 from orchestrator.collate import collate_examples
 from orchestrator.config import MODEL
 from orchestrator.examples import Unit

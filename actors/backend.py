@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from actors.adapter import Plain, Value, peft_tensors, plain_tensors, rank_schedule
-from actors.average import Average
+from actors.average import Average, average_of
 from actors.model import LanguageModel
 from actors.muon import Muon, build_optimizer
 from actors.residence import Residence
@@ -221,7 +221,7 @@ class Backend:
                 if self.rank == 0:
                     averages[id(parameter)] = tensor.to("cpu", parameter.dtype, copy=True)
         weights: dict[str, Tensor] = {}
-        for name, tensor in self.named_full_parameters(partial(_average_of, averages)):
+        for name, tensor in self.named_full_parameters(partial(average_of, averages)):
             if self.rank == 0:
                 weights[name] = tensor.to("cpu", copy=True)
         if self.rank == 0:
@@ -235,12 +235,6 @@ class Backend:
 
 def _as_it_is(parameter: nn.Parameter, value: Value) -> Tensor:
     return value(parameter)
-
-
-def _average_of(averages: dict[int, Tensor], parameter: nn.Parameter) -> Tensor:
-    """Of a parameter that is not trained, or on a rank that keeps no averages: itself."""
-    average = averages.get(id(parameter))
-    return parameter.detach() if average is None else average.to(parameter.device)
 
 
 def _stage(wanted: int, dtype: torch.dtype, world_size: int) -> int:

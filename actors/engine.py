@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import psutil
 
 from actors.engine_params import Device, drawing, environment, is_eager, reading, tokenizer_and_ends
-from actors.weights.wire import Address, Transport
+from actors.weights.wire import Address, ServedAdapter, Transport
 from actors.worker import RosterLine, settle_heap
 from orchestrator.batch import Prompt, Rollout, StopReason
 from orchestrator.config import EngineConfig
@@ -55,15 +55,15 @@ class EngineWorker:
         index: int,
         device: Device,
         transport: Transport,
-        lora_rank: int | None = None,
+        adapter: ServedAdapter | None = None,
         sleeps: bool = False,
     ) -> None:
-        """``lora_rank``: of the actor's adapter, which is then all that an update brings; None: whole
-        weights. ``sleeps``: it will be told to leave its devices to others."""
+        """``adapter``: the actor's, which is then all that an update brings; None: whole weights.
+        ``sleeps``: it will be told to leave its devices to others."""
         os.environ.update(environment(config, device))
         self._config, self._model, self._revision, self._dtype = config, model, revision, dtype
         self._max_length, self._index, self._device, self._transport = max_length, index, device, transport
-        self._lora_rank, self._sleeps = lora_rank, sleeps
+        self._serves, self._sleeps = adapter, sleeps
         self._version = 0  # weights of the model folder
         self._failure: str | None = None  # why this engine holds no usable weights
         self._eager = is_eager(config, device)
@@ -79,7 +79,7 @@ class EngineWorker:
 
         from actors.weights.served_adapter import adapter_request  # noqa: PLC0415
 
-        self._adapter = None if self._lora_rank is None else adapter_request()
+        self._adapter = None if self._serves is None else adapter_request()
         self._llm = AsyncLLM.from_engine_args(self._arguments())
         self._children = _processes(self._llm)
         self._tokenizer, self._stop_ids = tokenizer_and_ends(self._model, self._revision)
@@ -90,7 +90,7 @@ class EngineWorker:
         from vllm import AsyncEngineArgs  # noqa: PLC0415
         from vllm.config import WeightTransferConfig  # noqa: PLC0415
 
-        from actors.weights.served_adapter import max_rank  # noqa: PLC0415
+        from actors.weights.served_adapter import lora_arguments  # noqa: PLC0415
 
         config, on_cpu = self._config, self._device == "cpu"
         kv_cache_mb = config.kv_cache_mb or (_CPU_KV_CACHE_MB if on_cpu else None)
@@ -114,8 +114,7 @@ class EngineWorker:
             worker_extension_cls="actors.weights.receivers.WorkerExtension",
             weight_transfer_config=WeightTransferConfig(backend=f"quartet_{self._transport}"),
             disable_log_stats=True,
-            enable_lora=self._lora_rank is not None,
-            max_lora_rank=max_rank(self._lora_rank or 1),
+            **lora_arguments(self._serves),
         )
 
     async def generate(

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from actors.recording import Working, recorded
-from actors.weights.wire import Address, Transport
+from actors.weights.wire import Address, ServedAdapter, Transport
 from orchestrator.balance import plan
 from orchestrator.batch import Batch, Examples, Minibatch, Records, Rollout, ScoredRollout
 from orchestrator.coalesce import Coalescer
@@ -231,12 +231,12 @@ class ActorGroup(LearnerGroup):
         *,
         bucket_mb: int,
         world_size: int,
-        only_adapter: bool = False,
+        adapter: ServedAdapter | None = None,
     ) -> Address:
         """Where the engines find rank 0; ``world_size`` counts it and every vLLM worker."""
         given = (transport, dtype, bucket_mb, world_size)
         addresses = await asyncio.gather(
-            *(w.call(w.handle.open_channel, *given, w.deadlines.sync_s, only_adapter) for w in self.workers)
+            *(w.call(w.handle.open_channel, *given, w.deadlines.sync_s, adapter) for w in self.workers)
         )
         return addresses[0]
 

@@ -1,9 +1,10 @@
-"""What a weight sync costs when the actor trains LoRA: merged weights against A and B alone, on a real engine.
+"""What a weight sync costs when the actor trains LoRA: merged weights against A and B alone, on an engine.
 
     python benchmarks/adapter_sync.py --model models/smollm2 --out benchmarks/results/adapter_sync_cpu.json
 
 Bytes are those of the receipts, seconds the medians of ``--syncs`` updates (send, receive, in force, cache
-reset) after one to warm up; ``probe_diff`` is the mean difference in nats of 64 tokens between engine and actor.
+reset) after one to warm up; ``probe_diff`` is the mean difference in nats of 64 tokens between engine and
+actor.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 from actors.actor import Actor
 from actors.engine import EngineWorker
+from actors.weights.wire import ServedAdapter
 from orchestrator.batch import Examples, Loss, Minibatch, Prompt
 from orchestrator.config import Adapter, EngineConfig, Model, Optimizer
 from orchestrator.publish import check_receipt
@@ -41,14 +43,18 @@ def step(actor):
     actor.update(Minibatch(records=records, rows=torch.arange(1), weights=weights), [[0]])
 
 
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 async def measure(actor, model, receive, rank, syncs):
+    served = ServedAdapter(rank=rank, alpha=16, layers=LAYERS) if receive == "adapter" else None
     engine = EngineWorker(
         config=EngineConfig(kv_cache_mb=128, receive=receive), model=model, revision=None, dtype="float32",
         max_length=MAX_LENGTH, index=0, device="cpu", transport="gloo",
-        lora_rank=rank if receive == "adapter" else None,
+        adapter=served,
     )  # fmt: skip
     await engine.start()
-    await engine.join_weights(actor.open_channel("gloo", "float32", 64, 2, 120, receive == "adapter"), 1)
+    await engine.join_weights(actor.open_channel("gloo", "float32", 64, 2, 120, served), 1)
     seconds = []
     for version in range(syncs + 1):
         step(actor)
@@ -68,7 +74,8 @@ async def measure(actor, model, receive, rank, syncs):
     speed = tokens / (time.perf_counter() - begin)
     await engine.close()
     return {
-        "bytes": sent.num_bytes, "tensors": len(sent.checksums), "sync_s": round(statistics.median(seconds[1:]), 4),
+        "bytes": sent.num_bytes, "tensors": len(sent.checksums),
+        "sync_s": round(statistics.median(seconds[1:]), 4),
         "probe_diff": diff, "generate_tokens_per_s": round(speed, 1),
     }  # fmt: skip
 

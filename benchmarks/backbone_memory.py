@@ -2,11 +2,11 @@
 
     python benchmarks/backbone_memory.py --model models/smollm2 --out benchmarks/results/backbone_cpu.json
 
-Every worker is a process, as under Ray, and does what a PPO step asks of it on the same rows: all roles score,
-then actor and critic take one optimizer step, all at the same time where they are apart. The peak is that of
-the sum over the processes (PSS: shared pages are split among those that map them), sampled ten times a second.
-Three layouts: separate roles that train all their weights, separate roles with LoRA, and the shared backbone.
-The weights are equal: one LoRA reward model, trained for a step, is the reward of all three.
+Every worker is a process, as under Ray, and does what a PPO step asks of it on the same rows: all score, then
+actor and critic take two optimizer steps, all at the same time where they are apart. The peak is that of the
+sum over the processes (PSS: shared pages are split among those that map them), sampled ten times a second.
+Three layouts: separate roles that train all their weights, separate roles with LoRA, the shared backbone. The
+weights are equal: one LoRA reward model, trained for a step, is the reward of all three.
 """
 
 import argparse
@@ -166,7 +166,8 @@ def main():
         role: float(abs(found["shared"][1][role] - found["separate"][1][role]).max()) for role in four
     }
     report = {
-        "model": Path(arguments.model).name, "dtype": "float32", "rows": ROWS, "tokens": WIDTH, "micro_batch": MICRO,
+        "model": Path(arguments.model).name, "dtype": "float32", "rows": ROWS, "tokens": WIDTH,
+        "micro_batch": MICRO,
         "peak_gib": peaks,
         "shared_over_separate": round(peaks["shared"] / peaks["separate"], 3),
         "shared_over_separate_lora": round(peaks["shared"] / peaks["separate_lora"], 3),

@@ -26,9 +26,10 @@ from actors.group import (
 from actors.learner import LossFunction
 from actors.reference import Reference
 from actors.reward import Judge, RewardLearner
+from actors.weights.wire import ServedAdapter
 from actors.worker import RosterLine
 from launch.cluster import Cluster
-from launch.engines import connect_weights, spawn_engines, turn_takers
+from launch.engines import connect_weights, served_adapter, spawn_engines, turn_takers
 from launch.environment import MODEL_ENV, WORKER_ENV
 from launch.trainable import reward_adapter
 from orchestrator.config import MODEL, Adapter, Model, Optimizer, Run, Workers
@@ -113,11 +114,12 @@ class Crew:
             "temperature": temperature, "entropy": rl.algorithm.wants_entropy,
             "distribution": rl.algorithm.wants_distribution, "ema_decay": rl.ema_decay,
         }  # fmt: skip
+        served = served_adapter(self.run, models["actor"])
         if self.run.placement.backbone == "shared":
-            return await self._shared(policy, models)
+            return await self._shared(policy, models, served)
         starts: dict[str, Any] = {
             "actor": self.group(Actor, ActorGroup, "actor", **policy),
-            "engine": self.engines(models["actor"], lora_rank=self._served_rank()),
+            "engine": self.engines(models["actor"], adapter=served),
             "reward": self.reward(models.get("reward")),
         }  # fmt: skip
         if "critic" in rl.algorithm.roles():
@@ -137,16 +139,18 @@ class Crew:
             )
         handles = await asyncio.gather(*starts.values())
         roles = Roles(**dict(zip(starts, handles, strict=True)))
-        await connect_weights(self.run, roles.actor, roles.engine)
+        await connect_weights(self.run, roles.actor, roles.engine, served)
         return taking_turns(roles, turn_takers(self.run))
 
-    async def _shared(self, policy: dict[str, Any], models: dict[str, str]) -> Roles:
+    async def _shared(
+        self, policy: dict[str, Any], models: dict[str, str], served: ServedAdapter | None
+    ) -> Roles:
         """All roles but the engine in the actor's workers."""
         rl, table = self.run.rl, self.run.roles
         assert rl is not None
         judged = models.get("reward")
         weights = table.reward.weights(stage=judged is not None)
-        adapter = reward_adapter(judged, models["actor"]) if judged and MODEL in weights else None
+        judge = reward_adapter(judged, models["actor"]) if judged and MODEL in weights else None
         critic = table.critic if "critic" in rl.algorithm.roles() else None
         host, engine = await asyncio.gather(
             self.group(
@@ -154,10 +158,10 @@ class Crew:
                 value_loss=None if critic is None else rl.algorithm.value_loss,
                 value_coef=self.run.placement.value_coef,
                 head_rate=None if critic is None else critic.optimizer.learning_rate,
-                reward_adapter=adapter, reward_model=judged if table.reward.normalize else None,
+                reward_adapter=judge, reward_model=judged if table.reward.normalize else None,
                 functions=table.reward.specs(),
             ),
-            self.engines(models["actor"], lora_rank=self._served_rank()),
+            self.engines(models["actor"], adapter=served),
         )  # fmt: skip
         roles = Roles(
             actor=host,
@@ -166,18 +170,13 @@ class Crew:
             critic=None if critic is None else host.with_critic(),
             reference=BackboneReference(host) if "reference" in rl.algorithm.roles() else None,
         )
-        await connect_weights(self.run, host, engine)
+        await connect_weights(self.run, host, engine, served)
         return roles
 
-    def _served_rank(self) -> int | None:
-        """Of the actor's adapter where the engines serve it themselves."""
-        adapter = self.run.model.training(self.run.roles.actor.adapter).adapter
-        return adapter.rank if adapter and self.run.engine.receive == "adapter" else None
-
-    async def engines(self, model: str, *, lora_rank: int | None = None) -> EngineFleet:
+    async def engines(self, model: str, *, adapter: ServedAdapter | None = None) -> EngineFleet:
         seats = self.layout.seats["engine"]
         book = self.cluster.trace.book
-        engines = spawn_engines(self.run, model, seats, self.groups, book, lora_rank=lora_rank)
+        engines = spawn_engines(self.run, model, seats, self.groups, book, adapter=adapter)
         fleet = EngineFleet(engines, run_seed=self.run.seed)
         self.keep(fleet)
         await asyncio.gather(*(engine.start() for engine in engines))

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 from ray.util.placement_group import PlacementGroup
 
+from actors.adapter import linear_names
 from actors.engine import EngineWorker
 from actors.engine_params import Device, environment
 from actors.fleet import EngineFleet
 from actors.group import ActorGroup, spawn
 from actors.remote_engine import RemoteEngine
-from actors.weights.wire import Transport
+from actors.weights.wire import ServedAdapter, Transport
 from launch.environment import WORKER_ENV
+from launch.trainable import skeleton
 from orchestrator.config import Run
 from orchestrator.placement import Seat
 from orchestrator.work import WorkBook
@@ -23,10 +25,9 @@ def spawn_engines(
     groups: Sequence[PlacementGroup],
     book: WorkBook,
     *,
-    lora_rank: int | None = None,
+    adapter: ServedAdapter | None = None,
 ) -> list[RemoteEngine]:
-    """One Ray worker per replica; their models load in ``start``. ``lora_rank``: of the adapter that is all
-    they will be sent."""
+    """One Ray worker per replica; their models load in ``start``. ``adapter``: is all they will be sent."""
     device: Device = "cuda" if run.engine.gpus else "cpu"
     return [
         RemoteEngine(
@@ -36,7 +37,7 @@ def spawn_engines(
                 config=run.engine, model=model, revision=run.model.revision, dtype=run.model.dtype,
                 max_length=run.model.max_length, index=index, device=device, transport=transport(run),
                 sleeps=bool(turn_takers(run)),
-                lora_rank=lora_rank,
+                adapter=adapter,
             )
         )
         for index, seat in enumerate(seats)
@@ -58,7 +59,19 @@ def turn_takers(run: Run) -> frozenset[str]:
     return frozenset(role for group in run.placement.share if "engine" in group for role in group)
 
 
-async def connect_weights(run: Run, actor: ActorGroup, engines: EngineFleet) -> None:
+def served_adapter(run: Run, base: str) -> ServedAdapter | None:
+    """What the engines serve themselves; None where they receive whole weights."""
+    adapter = run.model.training(run.roles.actor.adapter).adapter
+    if adapter is None or run.engine.receive == "weights":
+        return None
+    layers = adapter.target_modules or linear_names(skeleton(run, base).model.base_model)
+    ends = {name.rpartition(".")[2] for name in layers}
+    return ServedAdapter(rank=adapter.rank, alpha=adapter.alpha, layers=tuple(sorted(ends)))
+
+
+async def connect_weights(
+    run: Run, actor: ActorGroup, engines: EngineFleet, adapter: ServedAdapter | None
+) -> None:
     """Opens the channel once; every later sync uses it."""
     world_size = 1 + run.engine.replicas * run.engine.tensor_parallel
     address = await actor.open_channel(
@@ -66,6 +79,6 @@ async def connect_weights(run: Run, actor: ActorGroup, engines: EngineFleet) -> 
         run.engine.dtype or run.model.dtype,
         bucket_mb=run.engine.bucket_mb,
         world_size=world_size,
-        only_adapter=run.engine.receive == "adapter",
+        adapter=adapter,
     )
     await engines.join_weights(address)

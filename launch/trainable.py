@@ -26,9 +26,9 @@ def check_trainable(run: Run) -> None:
                 f"{field}.kind=prefix with model.gradient_checkpointing: Transformers drops the prefix's "
                 "keys and values there; switch one of them off, or use prompt"
             )
-        adapt(_skeleton(run), adapter, total_steps=100)
+        adapt(skeleton(run), adapter, total_steps=100)
     if run.model.freeze:
-        freeze(_skeleton(run), run.model.freeze)
+        freeze(skeleton(run), run.model.freeze)
 
 
 def reward_adapter(path: str, base: str) -> str:
@@ -55,9 +55,9 @@ def _check_quantize(field: str, adapter: Adapter) -> None:
         )
 
 
-def _skeleton(run: Run) -> LanguageModel:
-    """The base model's modules and names, on ``meta``."""
-    config = AutoConfig.from_pretrained(run.model.path, revision=run.model.revision)
+def skeleton(run: Run, path: str | None = None) -> LanguageModel:
+    """A model's modules and names, the base's unless another is given, on ``meta``."""
+    config = AutoConfig.from_pretrained(path or run.model.path, revision=None if path else run.model.revision)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return PolicyModel(model, gradient_checkpointing=False)

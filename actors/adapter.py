@@ -57,6 +57,8 @@ def adapt(model: LanguageModel, adapter: Adapter, *, total_steps: int, name: str
 
 def _inject(model: LanguageModel, adapter: Adapter, total_steps: int, name: str) -> None:
     backbone, targets = model.model.base_model, list(adapter.target_modules)
+    if adapter.quantize is not None:
+        backbone.is_loaded_in_4bit = True  # Transformers says it of the whole model only; PEFT asks here
     try:
         inject_adapter_in_model(peft_config(adapter, total_steps), backbone, name)
     except ValueError as error:

@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -245,9 +246,17 @@ def _config(source: Model, num_labels: int | None = None) -> PretrainedConfig:
 
 
 def _options(source: Model) -> dict[str, Any]:
+    dtype, quantized = getattr(torch, source.dtype), {}
+    if source.adapter is not None and source.adapter.quantize is not None:
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=source.adapter.quantize, bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )  # fmt: skip
+        quantized = {"quantization_config": four_bits}
     return {
+        **quantized,
         "revision": source.revision,
-        "dtype": getattr(torch, source.dtype),
+        "dtype": dtype,
         "attn_implementation": source.attention,
         "trust_remote_code": False,
     }

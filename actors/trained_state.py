@@ -18,7 +18,9 @@ def trained_state(
     if exclude_frozen_parameters:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
-                state.pop(prefix + name, None)
+                own = prefix + name  # a 4-bit weight has its scales under names that go on from its own
+                for key in [key for key in state if key == own or key.startswith(f"{own}.")]:
+                    del state[key]
     return state
 
 

@@ -1,15 +1,16 @@
 """Whether what a run wants to train is there: adapters and frozen weights tried on a model without memory."""
 
 import importlib.util
+import tempfile
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from actors.adapter import adapt, base_of, freeze
 from actors.model import LanguageModel, PolicyModel
-from orchestrator.config import Adapter, Run
+from orchestrator.config import Adapter, Model, Run
 
 
 def check_trainable(run: Run) -> None:
@@ -48,11 +49,27 @@ def reward_adapter(path: str, base: str) -> str:
 
 
 def _check_quantize(field: str, adapter: Adapter) -> None:
-    if adapter.quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+    """ValueError unless bitsandbytes is here and Transformers loads a model of a few kilobytes through it."""
+    if adapter.quantize is None:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             f"{field}.quantize={adapter.quantize} needs bitsandbytes, which is not installed here; "
             "`pip install bitsandbytes`, or leave quantize out: lora on the whole base"
         )
+    small = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(small).save_pretrained(folder)
+        try:
+            PolicyModel.load(Model(path=folder, dtype="float32", adapter=adapter))
+        except (NotImplementedError, RuntimeError, ImportError, ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{field}.quantize={adapter.quantize}: bitsandbytes is installed but 4-bit weights do not load "
+                f"here ({reason}); leave quantize out: lora on the whole base"
+            ) from error
 
 
 def skeleton(run: Run, path: str | None = None) -> LanguageModel:

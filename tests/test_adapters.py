@@ -17,6 +17,7 @@ from actors.adapter import adapt, freeze, peft_config
 from actors.model import PolicyModel
 from actors.reward import Judge, RewardLearner
 from launch import cli
+from launch.trainable import check_trainable
 from orchestrator.batch import Examples
 from orchestrator.config import Adapter, Model, Run
 from orchestrator.plan.memory import trained_params
@@ -324,3 +325,9 @@ def test_quartet_export_refuses_what_cannot_be_merged(
     assert "which no weights can stand for" in capsys.readouterr().err
     assert cli.main(["export", llama, "--to", str(tmp_path / "out")]) == cli.REFUSED
     assert "is no PEFT folder" in capsys.readouterr().err
+
+
+def test_four_bits_are_refused_where_they_do_not_run() -> None:
+    """Without bitsandbytes, or with one that loads nothing here."""
+    with pytest.raises(ValueError, match=r"sft.adapter.quantize=nf4.*leave quantize out"):
+        check_trainable(Run(model={"path": "x", "adapter": {"quantize": "nf4"}}, sft={}))

@@ -66,6 +66,10 @@ class LanguageModel(nn.Module):
 
     def write(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """A plain ``from_pretrained`` folder with the weights given (the live ones may be sharded)."""
+        quantized = hasattr(self.model, "hf_quantizer")
+        if quantized:  # the weights given are whole: the folder must not say that they are not
+            del self.model.hf_quantizer, self.model.config.quantization_config
+            self.model.is_quantized = False
         self.model.save_pretrained(folder, state_dict=weights)
 
     @classmethod

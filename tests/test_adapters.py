@@ -328,6 +328,8 @@ def test_quartet_export_refuses_what_cannot_be_merged(
 
 
 def test_four_bits_are_refused_where_they_do_not_run() -> None:
-    """Without bitsandbytes, or with one that loads nothing here."""
-    with pytest.raises(ValueError, match=r"sft.adapter.quantize=nf4.*leave quantize out"):
-        check_trainable(Run(model={"path": "x", "adapter": {"quantize": "nf4"}}, sft={}))
+    adapter = {"adapter": {"quantize": "nf4"}}
+    with pytest.raises(ValueError, match=r"sft.adapter.quantize=nf4 on CPUs.*set roles.actor.gpus"):
+        check_trainable(Run(model={"path": "x", **adapter}, sft={}))
+    with pytest.raises(ValueError, match="reward_model.adapter.quantize=nf4 on CPUs.*roles.reward.gpus"):
+        check_trainable(Run(model={"path": "x"}, reward_model=adapter))

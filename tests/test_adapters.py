@@ -331,5 +331,5 @@ def test_four_bits_are_refused_where_they_do_not_run() -> None:
     adapter = {"adapter": {"quantize": "nf4"}}
     with pytest.raises(ValueError, match=r"sft.adapter.quantize=nf4 on CPUs.*set roles.actor.gpus"):
         check_trainable(Run(model={"path": "x", **adapter}, sft={}))
-    with pytest.raises(ValueError, match="reward_model.adapter.quantize=nf4 on CPUs.*roles.reward.gpus"):
+    with pytest.raises(ValueError, match=r"reward_model.adapter.quantize=nf4 on CPUs.*roles.reward.gpus"):
         check_trainable(Run(model={"path": "x"}, reward_model=adapter))

@@ -41,6 +41,7 @@ verbs
   export RUN|ADAPTER --to FOLDER [--base MODEL]         merge an adapter into a plain model folder
   config RUN... [a.b.c=value ...]                       print the run with every default filled in
   report RUN                                            one page: curves, device time, timeline, samples
+  bench SUITE... | compare A B                          how fast each part is, against what bounds it
   train --help                                          every field of a run
   submit RUN... --to TARGET                             the run on local, ray, kuberay or slurm;
                                                         also render, lint, status, logs, stop, resume
@@ -166,6 +167,14 @@ def export(argv: Sequence[str]) -> int:
     return 0
 
 
+def bench(argv: Sequence[str]) -> int:
+    """``quartet bench SUITE...``."""
+    prepare_environment()
+    from launch.bench import main as benchmarks  # noqa: PLC0415 - torch and ray load here
+
+    return benchmarks.main(argv)
+
+
 def on_target(verb: str, argv: Sequence[str]) -> int:
     """``quartet submit RUN... [a.b.c=value ...] --to TARGET [--at key=value] [--wait]``, and its sister
     verbs."""
@@ -211,6 +220,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "config": config,
     "export": export,
     "report": report,
+    "bench": bench,
     **{verb: partial(on_target, verb) for verb in ON_TARGET},
     "plan": plan,
     "doctor": doctor,

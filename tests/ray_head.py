@@ -60,7 +60,12 @@ def start_head(folder: Path, temp: Path, cpus: int = 2) -> SimpleNamespace:
     else:
         raise AssertionError((folder / "head.log").read_text())
     return SimpleNamespace(
-        address=address, token=token, token_file=folder / "token", process=process, temp=temp
+        address=address,
+        gcs=f"127.0.0.1:{port}",
+        token=token,
+        token_file=folder / "token",
+        process=process,
+        temp=temp,
     )
 
 

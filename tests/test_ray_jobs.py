@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ray_head import ROOT, start_head, stop_head
+from tests.ray_head import ROOT, environment, start_head, stop_head
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 SMALL = [
@@ -129,3 +129,15 @@ def test_an_address_where_nobody_listens_is_named(head, tmp_path):
     result = quartet(head, "submit", "quickstart", f"run_dir={tmp_path}", "--to", "ray",
                      "--at", "address=http://127.0.0.1:9")  # fmt: skip
     assert result.returncode == 2 and "address=http://127.0.0.1:9 cannot be reached" in result.stderr
+
+
+def test_waiting_for_nodes_ends_when_who_starts_them_has_ended(head):
+    began = time.monotonic()
+    with subprocess.Popen(["sleep", "1"]) as keeper:
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.submit.wait_for_nodes", head.gcs, "2", "300", str(keeper.pid)],
+            env=environment(head.token_file.parent), capture_output=True, text=True, timeout=200, cwd=ROOT,
+        )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert f"1 of 2 nodes joined and process {keeper.pid}, which starts them, has ended" in done.stderr
+    assert time.monotonic() - began < 100

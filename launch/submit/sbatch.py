@@ -71,7 +71,10 @@ if ((${#nodes[@]} > 1)); then
             if [ "$mine" = - ]; then mine=; else mine=--labels=$mine; fi
             exec ray start --block --address='"$head:@PORT@"' $mine @RAY_OPTIONS@' & pids+=($!)
 fi
-python -m launch.submit.wait_for_nodes "$head:@PORT@" "${#nodes[@]}" @DEADLINE@
+if ! python -m launch.submit.wait_for_nodes "$head:@PORT@" "${#nodes[@]}" @DEADLINE@ "${pids[@]}"; then
+    tail -n 20 "$attempt"/worker-*.log || true
+    exit 1
+fi
 
 export RAY_ADDRESS=$head:@PORT@
 resume=(@RESUME@)

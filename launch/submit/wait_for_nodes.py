@@ -1,9 +1,14 @@
-"""``python -m launch.submit.wait_for_nodes ADDRESS COUNT SECONDS``: returns when so many Ray nodes are
-alive."""
+"""``python -m launch.submit.wait_for_nodes ADDRESS COUNT SECONDS [PID ...]``: returns when so many Ray nodes
+are alive.
+
+The processes PID keep the nodes (the head, Slurm's step of the workers): when one of them ends, the nodes
+that are missing will never come, and waiting ends at once.
+"""
 
 import sys
 import time
 
+import psutil
 import ray
 
 POLL_S = 0.3
@@ -11,18 +16,28 @@ POLL_S = 0.3
 
 def main() -> int:
     address, count, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+    keepers = [int(pid) for pid in sys.argv[4:]]
     ray.init(address=address, log_to_driver=False, logging_level="error")
     deadline = time.monotonic() + seconds
     while True:
         alive = sorted(node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"])
         if len(alive) >= count:
             return 0
-        if time.monotonic() > deadline:
-            sys.stderr.write(
-                f"{len(alive)} of {count} nodes joined within {seconds:g} s: {', '.join(alive)}\n"
-            )
+        why = f"within {seconds:g} s" if time.monotonic() > deadline else None
+        if ended := [pid for pid in keepers if has_ended(pid)]:
+            why = f"and process {ended[0]}, which starts them, has ended"
+        if why:
+            sys.stderr.write(f"{len(alive)} of {count} nodes joined {why}: {', '.join(alive)}\n")
             return 1
         time.sleep(POLL_S)
+
+
+def has_ended(pid: int) -> bool:
+    """Also while its parent has not asked for its exit code yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 if __name__ == "__main__":

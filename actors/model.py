@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,9 +27,13 @@ from transformers import (
 )
 
 from actors.virtual_tokens import VirtualTokens
+from actors.vocabulary import BlockedLogprobs, Shape
 from orchestrator.config import Model
 
-LOGITS_PER_BLOCK = 2**25  # 128 MiB in float32; more are recomputed block by block in the backward pass
+# In float32 128 and 32 MiB. Up to so many logits are kept for the backward pass, which is the faster path;
+# more are computed twice, block by block (vocabulary.py).
+LOGITS_KEPT = 2**25
+LOGITS_PER_BLOCK = 2**23
 
 
 class LanguageModel(nn.Module):
@@ -93,19 +96,16 @@ class TokenHead(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[N, d], [N] -> log-prob of each target, [N]; if asked the entropy there, [N], and the log-probs of
         the whole vocabulary, [N, V]. All float32."""
-        rows = max(1, LOGITS_PER_BLOCK // self.weight.shape[0])
-        if distribution or len(states) <= rows:
-            return self._block(states, targets, temperature, entropy, distribution)
-        blocks = [
-            checkpoint(
-                self._block, s, t, temperature, entropy, False, use_reentrant=False, preserve_rng_state=False
-            )
-            for s, t in zip(states.split(rows), targets.split(rows), strict=True)
-        ]
-        logprobs, entropies, _ = zip(*blocks, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies) if entropy else None, None
+        if distribution or len(states) * len(self.weight) <= LOGITS_KEPT:
+            return self._whole(states, targets, temperature, entropy, distribution)
+        rows = max(1, LOGITS_PER_BLOCK // len(self.weight))
+        shape = Shape(
+            scale=self.scale, softcap=self.softcap, temperature=temperature, rows=rows, entropy=entropy
+        )
+        logprobs, entropies = BlockedLogprobs.apply(states, self.weight, self.bias, targets, shape)
+        return logprobs, entropies if entropy else None, None
 
-    def _block(
+    def _whole(
         self, states: Tensor, targets: Tensor, temperature: float, entropy: bool, distribution: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         logits = F.linear(states, self.weight, self.bias)

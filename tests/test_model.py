@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -15,6 +15,7 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
 )
 
 from actors import model as models
@@ -127,14 +128,61 @@ def test_blocks_of_logits_change_neither_logprobs_nor_gradients(
     tokens = torch.arange(40).view(4, 10) % tiny.VOCAB
     mask = torch.ones_like(tokens, dtype=torch.bool)
     answers = []
-    for limit in (2**25, 5 * tiny.VOCAB):  # one block; blocks of five rows
-        monkeypatch.setattr(models, "LOGITS_PER_BLOCK", limit)
+    monkeypatch.setattr(models, "LOGITS_PER_BLOCK", 5 * tiny.VOCAB)
+    for kept in (2**25, 0):  # whole; blocks of five rows, the last of one
+        monkeypatch.setattr(models, "LOGITS_KEPT", kept)
         policy = PolicyModel.load(source(tmp_path, tiny.llama()))
         logprobs, entropy, _ = policy(tokens, mask, mask, 0.7, True)
-        (logprobs.sum() + entropy.square().sum()).backward()
+        ((logprobs.sum() + entropy.square().sum()) / tokens.numel()).backward()  # of a mean: below 2
         answers.append([logprobs, entropy, *(p.grad for p in policy.parameters())])
     for whole, blocks in zip(*answers, strict=True):
         torch.testing.assert_close(whole, blocks, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_blocks_follow_the_formulas_in_float64(
+    softcap: float | None, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-prob, entropy and every gradient, with all that heads do to logits: bias, scale, cap, heat."""
+    monkeypatch.setattr(models, "LOGITS_KEPT", 0)
+    monkeypatch.setattr(models, "LOGITS_PER_BLOCK", 3 * 11)
+    torch.manual_seed(1)
+    plain = nn.Linear(6, 11)
+    config = LlamaConfig(final_logit_softcapping=softcap, logit_scale=1.7)
+    states, targets, upstream = torch.randn(7, 6), torch.randint(0, 11, (7,)), torch.randn(2, 7)
+
+    exact = [x.detach().double().requires_grad_() for x in (states, plain.weight, plain.bias)]
+    z = 1.7 * (exact[0] @ exact[1].T + exact[2])
+    z = softcap * (z / softcap).tanh() if softcap else z
+    every = (z / 0.6).log_softmax(-1)
+    expected = [every[torch.arange(7), targets], -(every.exp() * every).sum(-1)]
+    (expected[0] @ upstream[0].double() + entropy * expected[1] @ upstream[1].double()).backward()
+
+    head, given = models.TokenHead(plain, config), states.requires_grad_()
+    logprobs, entropies, _ = head(given, targets, 0.6, entropy, False)
+    total = logprobs @ upstream[0]
+    if entropy:
+        total = total + entropies @ upstream[1]
+        torch.testing.assert_close(entropies.double(), expected[1], atol=1e-5, rtol=0)
+    total.backward()
+    torch.testing.assert_close(logprobs.double(), expected[0], atol=1e-5, rtol=0)
+    for ours, theirs in zip((given, plain.weight, plain.bias), exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-5, rtol=0)
+
+
+def test_blocks_skip_a_frozen_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under LoRA: the states get the gradient they get from the whole path, the weight none."""
+    head = models.TokenHead(nn.Linear(6, 11, bias=False).requires_grad_(False), LlamaConfig())
+    states, gradients = torch.randn(7, 6), []
+    monkeypatch.setattr(models, "LOGITS_PER_BLOCK", 22)
+    for kept in (2**25, 0):
+        monkeypatch.setattr(models, "LOGITS_KEPT", kept)
+        given = states.clone().requires_grad_()
+        head(given, torch.arange(7), 1.0, False, False)[0].sum().backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=0)
+    assert head.weight.grad is None
 
 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:

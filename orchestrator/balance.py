@@ -1,60 +1,118 @@
 """Cuts the rows of a step over data-parallel ranks and into micro-batches within a token budget.
 
+Rows of like length share a micro-batch, so little is spent on padding; micro-batches of like cost run side by
+side on the ranks, so no rank waits long. Cost is tokens with padding: that is what a forward pass computes.
+
 Every rank gets the same number of micro-batches, because under ZeRO-3 each forward pass is a collective: a
 rank with fewer would leave the others waiting. A rank may get an empty micro-batch, which its worker runs
 with zero weights.
 """
 
-import heapq
 from collections.abc import Sequence
+from itertools import accumulate
 
 Plan = list[list[list[int]]]  # [rank][micro-batch] -> rows
+Unit = list[int]  # rows that stay together
 
 
 def plan(lengths: Sequence[int], *, num_ranks: int, token_budget: int, units: Sequence[int] = ()) -> Plan:
-    """Rows 0..len(lengths)-1, each with its length in tokens, padding counted, into equal loads.
+    """Rows 0..len(lengths)-1, each with its length in tokens.
 
     Consecutive rows with equal numbers in ``units`` stay together (a preference pair, a ranking); empty: each
-    row for itself. Longest first into the micro-batch that is cheapest so far; the number of micro-batches
-    grows until every one is within the budget.
+    row for itself. The fewest micro-batches that the budget allows (a multiple of the ranks), of these the
+    cut with the fewest padded tokens, then the micro-batches dealt so that ranks are done together.
+
+    Example, one rank, budget 12, lengths 2 6 2 6 2: [[1, 3], [0, 2, 4]], no padded token.
 
     Raises ValueError when a unit alone is over the budget.
     """
-    parts: list[list[int]] = []
+    parts: list[Unit] = []
     for row in range(len(lengths)):
         if parts and units and units[row] == units[row - 1]:
             parts[-1].append(row)
         else:
             parts.append([row])
-    longest = {part[0]: max(lengths[row] for row in part) for part in parts}
-    largest = max(parts, key=lambda part: longest[part[0]] * len(part))
-    over = longest[largest[0]] * len(largest)
+    widths = {part[0]: max(lengths[row] for row in part) for part in parts}
+    largest = max(parts, key=lambda part: widths[part[0]] * len(part))
+    over = widths[largest[0]] * len(largest)
     if over > token_budget:
         raise ValueError(
-            f"{len(largest)} sequence(s) of {longest[largest[0]]} tokens do not fit "
+            f"{len(largest)} sequence(s) of {widths[largest[0]]} tokens do not fit "
             f"micro_batch_tokens={token_budget}; set it to {over} or more"
         )
-    parts.sort(key=lambda part: -longest[part[0]])
-    per_rank = 1
-    while True:
-        bins = _fill(parts, longest, num_ranks * per_rank, token_budget)
-        if bins is not None:
-            return [[sorted(rows) for rows in bins[rank::num_ranks]] for rank in range(num_ranks)]
-        per_rank += 1
+    parts.sort(key=lambda part: -widths[part[0]])
+    bins = _cut(parts, widths, num_ranks, token_budget)
+    costs = [max(lengths[row] for row in rows) * len(rows) if rows else 0 for rows in bins]
+    return [[sorted(bins[index]) for index in rank] for rank in _deal(costs, num_ranks)]
 
 
-def _fill(
-    parts: list[list[int]], longest: dict[int, int], num_bins: int, budget: int
-) -> list[list[int]] | None:
-    """Longest-processing-time-first into ``num_bins``; None when a padded bin passes the budget."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    widths = [0] * num_bins
-    loads = [(0, index) for index in range(num_bins)]  # (tokens without padding, bin)
-    for rows in parts:
-        load, index = heapq.heappop(loads)
-        widths[index] = max(widths[index], longest[rows[0]])
-        if widths[index] * (len(bins[index]) + len(rows)) > budget:
-            return None
-        bins[index] += rows
-        heapq.heappush(loads, (load + longest[rows[0]] * len(rows), index))
-    return bins
+def _cut(parts: list[Unit], widths: dict[int, int], num_ranks: int, budget: int) -> list[list[int]]:
+    """Units, widest first, into consecutive micro-batches: as few as fit, rounded up to a multiple of the
+    ranks (empty ones where there are fewer units), and of these cuts the cheapest, or the more
+    even of equals.
+    """
+    n, size = len(parts), [widths[part[0]] for part in parts]
+    starts = [0, *accumulate(len(part) for part in parts)]
+    costs = [width * len(part) for width, part in zip(size, parts, strict=True)]
+    rest = [*accumulate(costs, lambda left, cost: left - cost, initial=sum(costs))]
+    fewest, begin = 1, 0
+    for j in range(1, n + 1):  # filling up greedily needs the fewest: widths only fall
+        if size[begin] * (starts[j] - starts[begin]) > budget:
+            fewest, begin = fewest + 1, j - 1
+    count = -(-fewest // num_ranks) * num_ranks
+    filled = min(count, n)
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}
+    cuts: list[dict[int, int]] = []
+    for left in range(filled, 0, -1):
+        # Units whose tokens are more than the micro-batches left can hold need no look.
+        open_ = {i: cost for i, cost in best.items() if i < n and rest[i] <= left * budget}
+        best, cut = _one_more(open_, size, starts, budget)
+        cuts.append(cut)
+    bins: list[list[int]] = [[] for _ in range(count - filled)]
+    end = n
+    for cut in reversed(cuts):
+        bins.append([row for part in parts[cut[end] : end] for row in part])
+        end = cut[end]
+    return bins[::-1]
+
+
+def _one_more(
+    before: dict[int, tuple[int, int]], size: list[int], starts: list[int], budget: int
+) -> tuple[dict[int, tuple[int, int]], dict[int, int]]:
+    """Shortest paths over the sorted units: from the cheapest cuts of the first i units, {i: (cost, sum of
+    squared costs)}, to those with one micro-batch more, and where that one begins, {j: i}.
+
+    A micro-batch of units i to j-1 costs the width of unit i times their rows.
+    """
+    best: dict[int, tuple[int, int]] = {}
+    cut: dict[int, int] = {}
+    for i, (total, squares) in before.items():
+        for j in range(i + 1, len(starts)):
+            cost = size[i] * (starts[j] - starts[i])
+            if cost > budget:
+                break
+            reached = (total + cost, squares + cost * cost)
+            if j not in best or reached < best[j]:
+                best[j], cut[j] = reached, i
+    return best, cut
+
+
+def _deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Micro-batch numbers of each rank, equally many, with loads as even as the largest differencing method
+    makes them (Karmarkar and Karp 1982; its balanced form, Michiels et al. 2003).
+
+    Each run of ``num_ranks`` micro-batches of like cost is a partial answer, one for each rank; the two with
+    the widest gap between their heaviest and lightest rank are merged, heaviest to lightest, until one is
+    left. Within a rank the widest come first, so the ranks' k-th micro-batches are of like cost.
+    """
+    order = sorted(range(len(costs)), key=lambda index: -costs[index])
+    answers = [
+        [(costs[index], [index]) for index in order[k : k + num_ranks]]
+        for k in range(0, len(order), num_ranks)
+    ]
+    while len(answers) > 1:
+        answers.sort(key=lambda ranks: ranks[-1][0] - ranks[0][0])  # widest gap first: the gap is negative
+        first, second, *rest = answers
+        merged = [(a + b, [*x, *y]) for (a, x), (b, y) in zip(first, reversed(second), strict=True)]
+        answers = [sorted(merged, key=lambda load: -load[0]), *rest]
+    return [sorted(indices, key=lambda index: -costs[index]) for _, indices in answers[0]]

@@ -136,6 +136,10 @@ def role_models(run: Run) -> dict[str, str]:
 
 
 def load_tokenizer(path: str, revision: str | None, *, field: str) -> PreTrainedTokenizerBase:
+    if (Path(path) / "adapter_config.json").exists():
+        raise ValueError(
+            f"{field}={path!r} is an adapter and no model; merge it first: quartet export {path} --to FOLDER"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ from actors.adapter import adapt, freeze, peft_config
 from actors.model import PolicyModel
 from actors.reward import Judge, RewardLearner
 from launch import cli
+from launch.prepare import load_tokenizer
 from launch.trainable import check_trainable
 from orchestrator.batch import Examples
 from orchestrator.config import Adapter, Model, Run
@@ -333,3 +334,9 @@ def test_four_bits_are_refused_where_they_do_not_run() -> None:
         check_trainable(Run(model={"path": "x", **adapter}, sft={}))
     with pytest.raises(ValueError, match=r"reward_model.adapter.quantize=nf4 on CPUs.*roles.reward.gpus"):
         check_trainable(Run(model={"path": "x"}, reward_model=adapter))
+
+
+def test_an_adapter_is_no_model(llama: str, tmp_path: Path) -> None:
+    actor(llama, "lora").save(tmp_path)
+    with pytest.raises(ValueError, match=r"model.path=.*is an adapter and no model; merge it first"):
+        load_tokenizer(str(tmp_path / "adapter"), None, field="model.path")

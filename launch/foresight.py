@@ -38,9 +38,12 @@ def shapes_of(run: Run) -> Shapes:
 
 def _task_shape(run: Run) -> Shape:
     """The small model that the task makes."""
-    from launch import tasks  # noqa: PLC0415 - this one writes a model, and needs torch for it
+    import transformers  # noqa: PLC0415 - a task writes its model, and needs torch for it
+
+    from launch import tasks  # noqa: PLC0415
 
     assert run.task is not None
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         return read_shape(tasks.prepare(run.task, Path(folder)).model / "config.json", field="task")
 

@@ -141,6 +141,14 @@ def flat_groups(rewards: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
     return (low >= high)[groups]
 
 
+def group_best(rewards: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
+    """[B] bool: whether the row has the highest reward of the valid ones in its group."""
+    num_groups = int(groups.max()) + 1 if len(groups) else 0
+    lowest = rewards.new_full((num_groups,), -float("inf"))
+    high = lowest.scatter_reduce(0, groups, rewards.where(valid, -float("inf")), "amax")
+    return valid & (rewards == high[groups])
+
+
 def group_centred(rewards: Tensor, groups: Tensor, valid: Tensor, *, leave_one_out: bool = False) -> Tensor:
     """[B] reward minus the mean of its group, or of the others in its group (RLOO, arXiv:2402.14740 eq. 9).
 

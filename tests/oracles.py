@@ -136,6 +136,7 @@ COMPARE = {
     "dr_grpo": lambda c: centred,
     "rloo": lambda c: leave_one_out,
     "reinforce_pp_baseline": lambda c: centred,
+    "best_of_n": lambda c: lambda r: [len(r) / r.count(max(r)) if x == max(r) > min(r) else 0.0 for x in r],
 }
 
 
@@ -183,7 +184,7 @@ def ppo_clip(ratio, a, low, high):
     return -min(ratio * a, clip(ratio, 1 - low, 1 + high) * a)
 
 
-def surrogate(name, c, logp, old, adv, at):  # noqa: PLR0911 - one branch per paper
+def surrogate(name, c, logp, old, adv, at):  # noqa: C901, PLR0911 - one branch per paper
     """[n] loss of each token."""
     n = len(logp)
     logr = [p - q for p, q in zip(logp, old, strict=True)]
@@ -208,6 +209,8 @@ def surrogate(name, c, logp, old, adv, at):  # noqa: PLR0911 - one branch per pa
             -clip(w, 1 - c.clip_low, 1 + c.clip_high) * a * p
             for w, a, p in zip(still, adv, logp, strict=True)
         ]
+    if name == "best_of_n":  # arXiv:2304.06767: the likelihood of the best
+        return [-a * p for a, p in zip(adv, logp, strict=True)]
     if name == "sapo":
         taus = [c.tau_positive if a > 0 else c.tau_negative for a in adv]
         return [-4 / tau / (1 + exp(-tau * (r - 1))) * a for r, a, tau in zip(ratio, adv, taus, strict=True)]

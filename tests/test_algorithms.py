@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from orchestrator import plugins
+from orchestrator.algorithms import best_of_n
 from orchestrator.batch import Batch, Experience, PolicyOutput
 from orchestrator.config import Updates
 from orchestrator.minibatch import minibatches, token_weights
@@ -168,3 +169,21 @@ def test_minibatches_cover_every_row_once_per_epoch_and_refuse_a_remainder():
         ValueError, match="8 sequences do not split into 3 equal minibatches; pick a divisor of 8"
     ):
         list(cut(experience, Updates(minibatches=3)))
+
+
+def test_best_of_n_is_the_likelihood_of_the_best_response_by_hand():
+    """Rewards 1 3 3 | 2 0, responses of 1 2 1 | 1 2 tokens: rows 1 and 2 share the first prompt, row 3 wins
+    the second. Their mean log-probs are -0.3, -0.5 and -0.7, a row weighs 1/5 and they count 1.5, 1.5 and 2:
+    (1.5 x 0.3 + 1.5 x 0.5 + 2 x 0.7) / 5 = 0.52."""
+    mask = torch.tensor([[0, 1, 0], [0, 1, 1], [0, 1, 0], [0, 1, 0], [0, 1, 1]]).bool()
+    logprobs = torch.tensor([[0, -9, 0], [0, -0.4, -0.2], [0, -0.5, 0], [0, -0.7, 0], [0, -9, -9.0]])
+    groups, rewards = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1.0, 3, 3, 2, 0])
+    config = best_of_n.CONFIG()
+    worth = config.compare(rewards, groups, mask.any(1))
+    assert worth.tolist() == [0, 1.5, 1.5, 2, 0]
+    part = Experience(
+        tokens=mask.long(), attention_mask=mask, action_mask=mask, rollout_logprobs=logprobs,
+        old_logprobs=None, advantages=worth[:, None] * mask, old_values=None, returns=None, ref_logprobs=None,
+    )  # fmt: skip
+    loss = config.surrogate(logprobs, logprobs, part).values
+    assert float((loss * token_weights(mask, config.aggregate)).sum()) == pytest.approx(0.52)

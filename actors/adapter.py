@@ -9,6 +9,7 @@ which tensors make it, and merges one weight at a time, for whoever sends, expor
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,9 @@ def add_trained(model: LanguageModel, folder: Path, name: str) -> None:
     backbone = model.model.base_model
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = True
-    inject_adapter_in_model(config, backbone, name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # that is what is wanted
+        inject_adapter_in_model(config, backbone, name)
     saved = load_file(folder / WEIGHTS)
     for own, parameter in model.model.named_parameters():
         if f".{name}" in own and ".lora_" in own:

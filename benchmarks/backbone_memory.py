@@ -4,7 +4,7 @@
 
 Every worker is a process, as under Ray, and does what a PPO step asks of it on the same rows: all score, then
 actor and critic take two optimizer steps, all at the same time where they are apart. The peak is that of the
-sum over the processes (PSS: shared pages are split among those that map them), sampled ten times a second.
+sum over the processes (PSS: shared pages are split among those that map them), sampled four times a second.
 Three layouts: separate roles that train all their weights, separate roles with LoRA, the shared backbone. The
 weights are equal: one LoRA reward model, trained for a step, is the reward of all three.
 """
@@ -121,7 +121,7 @@ def measure(roles, model, reward):
         nonlocal peak
         while not done.is_set():
             peak = max(peak, sum(memory(process.pid)[0] for process in processes))
-            time.sleep(0.1)
+            time.sleep(0.25)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

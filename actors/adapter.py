@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from actors.adalora import RankSchedule
-from actors.model import LanguageModel, ScalarHead
+from actors.model import LanguageModel, PolicyModel, ScalarHead
 from actors.virtual_tokens import VirtualTokens
 from orchestrator.config import Adapter
 
@@ -238,7 +238,7 @@ def write_peft(
 ) -> None:
     """A folder that ``PeftModel.from_pretrained`` and ``quartet export`` read."""
     config = model.virtual.config if model.virtual is not None else peft_config(adapter)
-    classifier = any(isinstance(module, ScalarHead) for module in model.modules())
+    classifier = not isinstance(model, PolicyModel)  # a shared backbone has heads of others as well
     config.task_type = "SEQ_CLS" if classifier else "CAUSAL_LM"
     config.base_model_name_or_path, config.inference_mode = base, True
     if adapter.merges:

@@ -7,10 +7,8 @@ Float32, and each rank averages what its optimizer owns (``shards.py``): no rank
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from actors.shards import Shard
@@ -28,21 +26,10 @@ class Average:
         owned = [shard.owned.detach() for shard in self._shards]
         torch._foreach_lerp_(self._averages, owned, 1 - self._decay)
 
-    def save(self, folder: Path) -> None:
-        """Each rank its share, into a file of its own."""
-        torch.save([average.cpu() for average in self._averages], self._file(folder))
-
-    def load(self, folder: Path) -> None:
-        """Raises ValueError when the folder holds no average of this rank."""
-        file = self._file(folder)
-        if not file.exists():
-            raise ValueError(
-                f"{file} is missing: the checkpoint was written without rl.ema_decay; resume without it, or "
-                "start over"
-            )
-        saved = torch.load(file, weights_only=True)
-        for average, mine in zip(saved, self._averages, strict=True):
-            mine.copy_(average)
+    @property
+    def tensors(self) -> list[Tensor]:
+        """This rank's share, laid out as the shards."""
+        return self._averages
 
     def whole(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Every trained parameter with its whole average. Collective; a tensor is valid until the next."""
@@ -51,10 +38,6 @@ class Average:
                 tensor = shard.whole(average, piece, everywhere=True)
                 assert tensor is not None
                 yield piece.parameter, tensor
-
-    @staticmethod
-    def _file(folder: Path) -> Path:
-        return folder / f"average-{dist.get_rank()}.pt"
 
 
 def average_of(averages: dict[int, Tensor], parameter: nn.Parameter) -> Tensor:

@@ -32,7 +32,7 @@ from actors.model import LanguageModel
 from actors.muon import Muon, build_optimizer
 from actors.residence import Residence
 from actors.shards import shards_of
-from actors.trained_state import load_trained, trained_state
+from actors.training_state import Owned, Snapshot, restore, snapshot
 from orchestrator.config import Optimizer
 
 if not torch.cuda.is_available():
@@ -47,7 +47,6 @@ warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=
 GATHER_ELEMENTS = 2**25  # parameters gathered at once: 128 MiB in float32
 REDUCE_ELEMENTS = 2**25  # gradients reduced at once; ZeRO allocates a buffer of this size every step
 PERSISTENT_ELEMENTS = 10**5  # ZeRO-3 keeps smaller parameters whole on every rank
-STATE = "state"  # DeepSpeed's "tag": the folder inside the folder
 
 
 class Backend:
@@ -83,13 +82,12 @@ class Backend:
             dist_init_required=False if deepspeed.comm.is_initialized() else None,
         )
         self.device = self.engine.device
-        shards = shards_of(self.stage, self.engine.optimizer)
+        self.shards = shards_of(self.stage, self.engine.optimizer)
         if isinstance(self.optimizer, Muon):
-            self.optimizer.place(shards)
-        self.average = None if ema_decay is None else Average(shards, ema_decay)
+            self.optimizer.place(self.shards)
+        self.average = None if ema_decay is None else Average(self.shards, ema_decay)
         self.residence = Residence(self.engine, stage=self.stage, device=self.device)
         self.ranks = rank_schedule(model.model.base_model)
-        self.engine.module_state_dict = partial(trained_state, self.engine.module)
 
     def forward(self, *inputs: Any) -> Any:
         """Through the engine, so that ZeRO-3 gathers parameters on the way."""
@@ -138,33 +136,32 @@ class Backend:
             self.engine.zero_grad()
         return norm, math.isfinite(norm)
 
-    def save(self, folder: Path) -> None:
-        """What is trained: weights, master weights, optimizer, schedule and average; each rank writes its
-        part."""
-        counts = {"num_taken": self.num_taken, "num_skipped": self.num_skipped}
-        self.engine.save_checkpoint(
-            str(folder), tag=STATE, client_state=counts, save_latest=False, exclude_frozen_parameters=True
-        )
-        if self.average is not None:
-            self.average.save(folder)
-        if self.ranks is not None and self.rank == 0:
-            self.ranks.save(folder)
+    def snapshot(self) -> Snapshot:
+        """Weights, master weights, moments, schedule, average and generators of this rank, copied."""
+        return snapshot(self._owned(), {"num_taken": self.num_taken, "num_skipped": self.num_skipped})
 
     def load(self, folder: Path) -> None:
-        """Continues exactly where ``save`` was. Needs the number of ranks, stage and dtype of the save."""
-        path = None
-        if (folder / STATE).is_dir():
-            path, client = self.engine.load_checkpoint(str(folder), tag=STATE, custom_load_fn=load_trained)
-        if path is None:
-            raise ValueError(
-                f"{folder} holds no training state of {self.world_size} rank(s) at ZeRO stage {self.stage}; "
-                "give the folder that save wrote, and the number of ranks and zero_stage it was written with"
-            )
-        self.num_taken, self.num_skipped = client["num_taken"], client["num_skipped"]
-        if self.average is not None:
-            self.average.load(folder)
+        """Continues exactly where ``snapshot`` was; the save may be of other ranks and another ZeRO stage."""
+        header = restore(self._owned(), folder)
         if self.ranks is not None:
             self.ranks.load(folder)
+        self.num_taken, self.num_skipped = header["num_taken"], header["num_skipped"]
+        zero = self.engine.optimizer
+        if self.stage in (1, 2):
+            zero.update_lp_params()
+        elif self.stage == 3:  # as ZeRO-3's own step ends
+            zero._partition_all_parameters()
+            for number in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(number)
+            zero.checkpoint_event_epilogue()
+
+    def _owned(self) -> Owned:
+        return Owned(
+            shards=self.shards,
+            averages=None if self.average is None else self.average.tensors,
+            optimizer=self.optimizer,
+            names={id(p): name for name, p in self.engine.module.named_parameters()},
+        )
 
     def named_full_parameters(self, value: Value = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every weight, tied ones once and adapters merged into them,

@@ -9,7 +9,8 @@ group puts them into the object store and every worker of every role reads the s
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,18 @@ class ScorerGroup(WorkerGroup):
         return gathered
 
 
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """A worker's OSError is the driver's too: a full disk is no broken worker."""
+    try:
+        yield
+    except RoleError as error:
+        cause = getattr(error.__cause__, "cause", None)
+        if isinstance(cause, OSError):
+            raise OSError(str(error)) from error
+        raise
+
+
 class LearnerGroup(ScorerGroup):
     """Actor and critic, in every stage that trains them."""
 
@@ -208,8 +221,13 @@ class LearnerGroup(ScorerGroup):
         )
         return answers[0]
 
-    async def save(self, folder: Path) -> None:
-        await asyncio.gather(*(w.call(w.handle.save, folder) for w in self.workers))
+    async def save(self, folder: Path, background: bool = False) -> None:
+        with disk_errors():
+            await asyncio.gather(*(w.call(w.handle.save, folder, background) for w in self.workers))
+
+    async def saved(self, wait: bool = False) -> bool:
+        with disk_errors():
+            return all(await asyncio.gather(*(w.call(w.handle.saved, wait) for w in self.workers)))
 
     async def load(self, folder: Path) -> None:
         await asyncio.gather(*(w.call(w.handle.load, folder) for w in self.workers))

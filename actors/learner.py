@@ -11,6 +11,7 @@ objectives on pairs.
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -51,6 +52,8 @@ class Learner(Worker):
 
     def __init__(self, *, model: Model, optimizer: Optimizer, total_steps: int, loss: LossFunction) -> None:
         self.model, self.optimizer, self.total_steps, self.loss = model, optimizer, total_steps, loss
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None  # a save in the background
 
     @abstractmethod
     def load_model(self) -> LanguageModel:
@@ -122,12 +125,28 @@ class Learner(Worker):
     def reside(self, level: Residency) -> None:
         self.backend.residence.move(level)
 
-    def save(self, folder: Path) -> None:
-        """The training state, and beside it the adapter as PEFT and ``quartet export`` read it; each rank
-        writes its part."""
-        self.backend.save(folder)
+    def save(self, folder: Path, background: bool = False) -> None:
+        """The whole training state as it is now, and beside it the adapter as PEFT and ``quartet export`` read
+        it; each rank writes its part, in ``background`` while it trains
+        on. OSError on a full disk, NonFiniteStateError for a state that must not be saved."""
+        self.saved(wait=True)
+        state = self.backend.snapshot()
+        if self.backend.ranks is not None and self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.backend.ranks.save(folder)
         if self.model.adapter is not None:
             self._write_adapter(folder / ADAPTER)
+        if background:
+            self._writing = self._writer.submit(state.write, folder)
+        else:
+            state.write(folder)
+
+    def saved(self, wait: bool = False) -> bool:
+        """Whether the last save is in its file; raises what went wrong with it."""
+        if self._writing is not None and (wait or self._writing.done()):
+            writing, self._writing = self._writing, None
+            writing.result()
+        return self._writing is None
 
     def load(self, folder: Path) -> None:
         self.backend.load(folder)

@@ -3,7 +3,7 @@
 ``Journal`` is what happens around the steps of ``orchestrator/loop.py``, which knows nothing of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 from launch.build import Crew, rl_roles
@@ -11,9 +11,10 @@ from launch.graceful import StoppedAfterCheckpoint
 from launch.progress import write_samples
 from launch.run_folder import StageResult
 from launch.session import Session
+from launch.tracking import read_metrics
 from orchestrator import metrics as names
 from orchestrator.batch import Batch, Prompt, ScoredRollout, StopReason
-from orchestrator.checkpoint import Checkpoints
+from orchestrator.checkpoint import Checkpoints, Retention
 from orchestrator.config import RL, Run
 from orchestrator.data import PromptSet
 from orchestrator.driver_state import DriverState
@@ -28,6 +29,8 @@ from orchestrator.timed import timed
 from orchestrator.timeline import Timeline
 
 PROBE_TOKENS = 64
+HELDOUT_ACCURACY = "heldout_accuracy"
+MAX_FAILED_SAVES = 3
 SAMPLES_WRITTEN = 8  # rollouts per step that writes samples
 
 
@@ -82,17 +85,28 @@ class Journal:
     def __init__(self, session: Session, rl: RL, roles: Roles, ledger: Ledger, timeline: Timeline) -> None:
         self.session, self.rl, self.roles, self.ledger, self.timeline = session, rl, roles, ledger, timeline
         self.folder = session.folder.path / "rl"
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=rl.keep_checkpoints)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints",
+            keep=Retention(last=rl.keep_checkpoints, every=rl.keep_every, best=rl.best_metric is not None),
+            background=rl.checkpoints_in_background,
+        )
+        self.failed_saves = 0  # in a row
         self.stop = session.stop
         self.newest: Path | None = None
         self.accuracies: dict[str, float] = {}
 
     async def restore(self) -> DriverState:
         """What to go on from; step 0 on a fresh run."""
-        latest = self.checkpoints.latest()
-        if latest is None:
+        found = self.checkpoints.latest()
+        if found is None:
+            if has_rl_steps(self.session.folder.path):
+                self.session.progress.note(
+                    f"WARNING: {self.folder} holds no checkpoint: the rl stage begins again at step 1"
+                )
             return DriverState(step=0, kl_coef=self.rl.algorithm.initial_kl_coef, rewards=RunningStats())
-        self.newest, manifest = latest
+        self.newest, manifest = found.folder, found.manifest
+        for damage in found.damaged:
+            self.session.progress.note(f"WARNING: passed over: {damage}")
         for name, learner in self.roles.learners():
             await learner.load(self.newest / name)
         self.ledger.restore(manifest.ledger)
@@ -117,36 +131,83 @@ class Journal:
             **times.metrics(),
             **self.session.cluster.trace.step("rl", step, times.start, times.start + times.wall_s),
         }
+        if self.rl.best_metric not in (None, HELDOUT_ACCURACY, *figures):
+            raise ValueError(
+                f"rl.best_metric={self.rl.best_metric!r} is no metric of a step; known: {sorted(figures)}, "
+                f"{HELDOUT_ACCURACY}"
+            )
         self.session.tracker.log("rl", step, figures)
         self.session.progress.step("rl", step, self.rl.steps, figures)
         if self.rl.samples_every and (step % self.rl.samples_every == 0 or step == 1):
             write_samples(self.session.folder.path / "samples.jsonl", step, scored[:SAMPLES_WRITTEN])
-        await self._milestones(state)
+        await self._milestones(state, figures)
         self.timeline.end_step()
 
-    async def _milestones(self, state: DriverState) -> None:
+    async def _milestones(self, state: DriverState, figures: Metrics) -> None:
+        """Saves before it evaluates, which may fail, unless the save needs the figure."""
         step = state.step
-        last = step == self.rl.steps
-        if last or self.stop.asked or (self.rl.save_every and step % self.rl.save_every == 0):
-            self.newest = await self.checkpoints.save(state, dict(self.roles.learners()), self.ledger.state())
-        if self.stop.asked and not last:
+        last, stopping = step == self.rl.steps, self.stop.asked
+        measured_first = self.rl.best_metric == HELDOUT_ACCURACY and not stopping
+        if measured_first:
+            figures = figures | await self._evaluate_if_due(step)
+        if last or stopping or (self.rl.save_every and step % self.rl.save_every == 0):
+            await self._save(state, figures, final=last or stopping)
+        else:
+            await self._written(self.checkpoints.settle(), step)
+        if stopping and not last:
             raise StoppedAfterCheckpoint(f"stopped after step {step}: {self.newest}; --resume goes on")
-        evaluation = self.rl.evaluation
-        if last:
-            await self._evaluate(step, "accuracy_after")
-        elif evaluation and evaluation.every and step % evaluation.every == 0:
-            await self._evaluate(step, "accuracy")
+        if not measured_first:
+            await self._evaluate_if_due(step)
 
-    async def _evaluate(self, step: int, name: str) -> None:
+    async def _save(self, state: DriverState, figures: Metrics, *, final: bool) -> None:
+        metric, checkpoints = self.rl.best_metric, self.checkpoints
+        score = None if metric is None else figures.get(metric)
+        learners, ledger = dict(self.roles.learners()), self.ledger.state()
+        await self._written(checkpoints.finish(), state.step)  # the one before
+        await self._written(checkpoints.save(state, learners, ledger, score=score), state.step, final=final)
+        if final:
+            await self._written(checkpoints.finish(), state.step, final=True)
+
+    async def _written(self, work: Awaitable[Path | None], step: int, *, final: bool = False) -> None:
+        """A full disk is said, and the run goes on with the checkpoints it has; MAX_FAILED_SAVES times in a
+        row, or at the end, it stops the run."""
+        try:
+            saved = await work
+        except OSError as error:
+            self.failed_saves += 1
+            why = f"no checkpoint after step {step}: {error}; the last good one is {self.newest}"
+            if final or self.failed_saves == MAX_FAILED_SAVES:
+                raise RuntimeError(f"{why}; make room, then --resume") from error
+            self.session.progress.note(f"WARNING: {why}")
+            return
+        if saved is not None:
+            self.failed_saves, self.newest = 0, saved
+
+    async def _evaluate_if_due(self, step: int) -> Metrics:
+        evaluation = self.rl.evaluation
+        if step == self.rl.steps:
+            return await self._evaluate(step, "accuracy_after")
+        if evaluation and evaluation.every and step % evaluation.every == 0:
+            return await self._evaluate(step, "accuracy")
+        return {}
+
+    async def _evaluate(self, step: int, name: str) -> Metrics:
         prompts, judge = self.session.materials.heldout_prompts, self.session.materials.judge
         if prompts is None or judge is None:
-            return
+            return {}
         accuracy = await evaluate(
             self.roles.engine, prompts, judge, max_new_tokens=self.rl.sampling.max_new_tokens
         )
-        self.session.tracker.log("rl", step, {"heldout_accuracy": accuracy})
+        self.session.tracker.log("rl", step, {HELDOUT_ACCURACY: accuracy})
         self.session.progress.note(
             f"held-out accuracy {accuracy:.3f} on {len(prompts)} prompts after step {step}"
         )
         if name != names.ACCURACY:
             self.accuracies[name] = accuracy
+        return {HELDOUT_ACCURACY: accuracy}
+
+
+def has_rl_steps(folder: Path) -> bool:
+    """Whether this directory has trained in the rl stage before."""
+    file = folder / "metrics.jsonl"
+    return file.exists() and any(line["stage"] == "rl" for line in read_metrics(file))

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
-from orchestrator.checkpoint import write_durably
+from orchestrator.durable import replace_durably
 from orchestrator.config import Run
 from orchestrator.configfile import write_run
 
@@ -65,6 +65,6 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         return json.loads(path.read_text()) if path.exists() else {}
 
     def finish(self, stage: str, result: StageResult) -> None:
-        draft = self.path / "stages.tmp"
-        write_durably(draft, json.dumps({**self.finished(), stage: result}, indent=1))
-        draft.rename(self.path / "stages.json")
+        replace_durably(
+            self.path / "stages.json", json.dumps({**self.finished(), stage: result}, indent=1)
+        )

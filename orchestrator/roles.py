@@ -83,7 +83,15 @@ class Learner(Scorer, Protocol):
         """Exactly one optimizer step over all ranks."""
         ...
 
-    async def save(self, folder: Path) -> None: ...
+    async def save(self, folder: Path, background: bool = False) -> None:
+        """The training state as it is now; in ``background`` the answer comes once it is copied, and
+        ``saved`` says when it is written. OSError: the disk is full."""
+        ...
+
+    async def saved(self, wait: bool = False) -> bool:
+        """Whether the last save is written; raises what its writing raised."""
+        ...
+
     async def load(self, folder: Path) -> None: ...
     async def export(self, folder: Path) -> None:
         """Writes a plain ``from_pretrained`` folder, tokenizer included."""

@@ -80,9 +80,13 @@ class TimedLearner(TimedScorer[L]):
         with self.timeline.span(self.name, Phase.UPDATE):
             return await self.handle.update(minibatch)
 
-    async def save(self, folder: Path) -> None:
+    async def save(self, folder: Path, background: bool = False) -> None:
         with self.timeline.span(self.name, Phase.SAVE):
-            await self.handle.save(folder)
+            await self.handle.save(folder, background)
+
+    async def saved(self, wait: bool = False) -> bool:
+        with self.timeline.span(self.name, Phase.SAVE):
+            return await self.handle.saved(wait)
 
     async def load(self, folder: Path) -> None:
         with self.timeline.span(self.name, Phase.LOAD):

@@ -98,9 +98,12 @@ class FakeLearner(Alive):
     async def logprobs(self, tokens):
         return [-1.0] * (len(tokens) - 1)
 
-    async def save(self, folder: Path):
+    async def save(self, folder: Path, background=False):
         folder.mkdir(parents=True)
         (folder / "state").write_text(str(self.updates))
+
+    async def saved(self, wait=False):
+        return True
 
     async def load(self, folder: Path):
         self.updates = int((folder / "state").read_text())

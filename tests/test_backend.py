@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from actors import backend, model
 from actors.actor import Actor
 from actors.backend import _schedule
+from actors.training_state import NonFiniteStateError
 from orchestrator.batch import Examples, Loss, Minibatch, PolicyOutput
 from orchestrator.config import Model, Optimizer
 from orchestrator.roles import Residency
@@ -185,6 +187,7 @@ def resume(place: Place, folder: Path, dtype: str, stage: int, save_to: Path) ->
     for _ in range(3):
         first.update(minibatch(), plan)
     first.save(save_to)
+    dist.barrier()  # a rank reads the files of all
     expected = [first.update(minibatch(), plan) for _ in range(2)]
     second = actor(place, folder, dtype, SCHEDULED | {"zero_stage": stage})
     second.load(save_to)
@@ -232,6 +235,55 @@ def test_training_resumes_bit_for_bit_on_two_ranks(
     two_ranks: Ranks, folder: Path, dtype: str, stage: int, tmp_path: Path
 ) -> None:
     assert two_ranks(resume, folder, dtype, stage, tmp_path) == [True, True]
+
+
+def save_after_three(place: Place, folder: Path, stage: int, to: Path) -> tuple[dict, dict]:
+    """Whole weights at the save, and one step later."""
+    worker = actor(place, folder, "float32", SCHEDULED | {"zero_stage": stage}, ema_decay=0.5)
+    plan = [[0, 2, 4, 1, 3, 5]] if place.world_size == 1 else [[[0, 2], [4]], [[1, 3], [5]]][place.rank]
+    for _ in range(3):
+        worker.update(minibatch(), plan)
+    worker.save(to, True)  # beside the next step, which must not show in it
+    saved = whole_weights(worker)
+    worker.update(minibatch(), plan)
+    assert worker.saved(True)
+    return saved, whole_weights(worker)
+
+
+def load_and_step(place: Place, folder: Path, stage: int, saved: Path) -> tuple[dict, dict]:
+    worker = actor(place, folder, "float32", SCHEDULED | {"zero_stage": stage}, ema_decay=0.5)
+    worker.load(saved)
+    loaded = whole_weights(worker)
+    plan = [[0, 2, 4, 1, 3, 5]] if place.world_size == 1 else [[[0, 2], [4]], [[1, 3], [5]]][place.rank]
+    worker.update(minibatch(), plan)
+    return loaded, whole_weights(worker)
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 0), (0, 3), (1, 0), (0, 2)])
+def test_a_save_loads_on_other_ranks_and_stages(
+    two_ranks: Ranks, folder: Path, before: int, after: int, tmp_path: Path
+) -> None:
+    """Two ranks to one or back: the weights bit for bit, and the step after, which reads the moments."""
+    if after == 0:
+        saved, next_ = two_ranks(save_after_three, folder, before, tmp_path)[0]
+        loaded, stepped = load_and_step(alone(), folder, after, tmp_path)
+    else:
+        saved, next_ = save_after_three(alone(), folder, before, tmp_path)
+        loaded, stepped = two_ranks(load_and_step, folder, after, tmp_path)[1]
+    assert saved.keys() == loaded.keys() and len(saved) > 10
+    assert all(torch.equal(saved[name], tensor) for name, tensor in loaded.items())
+    for name, tensor in stepped.items():
+        assert not torch.equal(tensor, saved[name])
+        torch.testing.assert_close(tensor, next_[name], atol=2e-6, rtol=1e-5)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(folder: Path, tmp_path: Path) -> None:
+    worker = actor(alone(), folder, "float32", SCHEDULED)
+    with torch.no_grad():
+        next(worker.backend.engine.module.parameters())[3] = math.nan
+    with pytest.raises(NonFiniteStateError, match="weight of .* is not finite: it is not saved"):
+        worker.save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_state_is_refused(folder: Path, tmp_path: Path) -> None:

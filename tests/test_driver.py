@@ -1,21 +1,17 @@
-"""Ledger, stream, balance, placement, publish and checkpoints: what the driver keeps straight."""
+"""Ledger, stream, balance, placement, and publish: what the driver keeps straight."""
 
 import asyncio
 import itertools
-import json
 import random
 
 import pytest
 
 from orchestrator.balance import plan
-from orchestrator.checkpoint import CheckpointError, Checkpoints
 from orchestrator.configfile import load_run
-from orchestrator.driver_state import DriverState
 from orchestrator.ledger import Ledger, sample_seed
 from orchestrator.placement import layout, shortage
-from orchestrator.shaping import RunningStats
 from orchestrator.stream import RolloutStream
-from tests.fakes import FakeLearner, prompt
+from tests.fakes import prompt
 
 
 def test_seeds_differ_between_neighbours_runs_and_epochs():
@@ -156,42 +152,3 @@ def test_a_shortage_says_what_was_asked_what_is_there_and_which_number_to_change
     assert "wants 10 CPU; the cluster has 2" in why
     assert "lower roles.critic.workers or roles.critic.cpus_per_worker" in why
     assert shortage(run, layout(run, ROLES), [{"CPU": 8.0}, {"CPU": 2.0}]) is None
-
-
-def save(checkpoints, learner, step):
-    state = DriverState(step=step, kl_coef=0.1 * step, rewards=RunningStats())
-    return asyncio.run(checkpoints.save(state, {"actor": learner}, {"num_settled": step}))
-
-
-def test_a_checkpoint_comes_back_with_its_step_and_ledger(tmp_path):
-    checkpoints, learner = Checkpoints(tmp_path, keep=2), FakeLearner()
-    for step in (1, 2, 3):
-        learner.updates = 10 * step
-        save(checkpoints, learner, step)
-    folder, manifest = checkpoints.latest()
-    assert (manifest.step, manifest.ledger) == (3, {"num_settled": 3})
-    assert DriverState.restored(manifest.driver).kl_coef == 0.1 * 3  # to the last bit (BUGS E5)
-    assert (folder / "actor" / "state").read_text() == "30"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
-
-
-def test_an_unfinished_checkpoint_is_not_seen(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    save(checkpoints, FakeLearner(), 1)
-    (tmp_path / "tmp-00000002" / "actor").mkdir(parents=True)
-    (tmp_path / "step-00000003").mkdir()
-    assert checkpoints.latest()[1].step == 1
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    path = save(checkpoints, FakeLearner(), 1) / "actor" / "state"
-    path.unlink() if damage == "remove" else path.write_text({"flip": "1", "truncate": ""}[damage])
-    with pytest.raises(CheckpointError, match=r"actor/state (differs|is missing)"):
-        checkpoints.latest()
-
-
-def test_a_manifest_names_every_file(tmp_path):
-    folder = save(Checkpoints(tmp_path, keep=1), FakeLearner(), 5)
-    assert list(json.loads((folder / "manifest.json").read_text())["files"]) == ["actor/state"]

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from orchestrator.checkpoint import write_durably
+from orchestrator.durable import write_durably
 
 
 def main() -> int:

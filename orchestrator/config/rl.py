@@ -91,6 +91,14 @@ class RL(Settings):
     save_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only after the last step."""
     keep_checkpoints: PositiveInt = 2
-    """Older checkpoints are deleted after a newer one is complete."""
+    """How many of the last checkpoints stay; older ones are deleted after a newer one is on disk."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of every so many steps stay for good; 0: none do."""
+    best_metric: str | None = None
+    """The checkpoint with the highest value of this metric stays too: heldout_accuracy, or one of the step's
+    such as reward; null: none does."""
+    checkpoints_in_background: bool = False
+    """The learners write their copy while the next step trains. A run that is killed may then lose the save
+    under way, one more step than without; needs room for a second copy of the training state in memory."""
     samples_every: NonNegativeInt = 10
     """Steps between sample texts in samples.jsonl; 0: none."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -49,9 +49,7 @@ class Snapshot:
         file = folder / f"rank-{self.header['rank']:05d}.safetensors"
         try:
             save_file(self.tensors, file, metadata={"state": json.dumps(self.header)})
-        except OSError:
-            raise
-        except Exception as error:  # safetensors wraps what the disk said in an error type of its own
+        except SafetensorError as error:  # what the disk said, in an error type of their own
             raise OSError(f"{file} could not be written: {error}") from error
 
 
@@ -173,8 +171,8 @@ class Saved:
                 "resume without it, or start over"
             )
         return (
-            f"{self.folder}: {missing} elements of {kind} of {name} are missing; the checkpoint is of another "
-            "model or optimizer: resume with those it was written with"
+            f"{self.folder}: {missing} elements of {kind} of {name} are missing; the checkpoint is of other "
+            "models or optimizers: resume with those it was written with"
         )
 
     def set_generators(self) -> None:

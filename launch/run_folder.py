@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
-from orchestrator.durable import replace_durably
 from orchestrator.config import Run
 from orchestrator.configfile import write_run
+from orchestrator.durable import replace_durably
 
 StageResult = dict[str, str | int | float]  # "model" -> folder, and the stage's figures
 
@@ -65,6 +65,4 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         return json.loads(path.read_text()) if path.exists() else {}
 
     def finish(self, stage: str, result: StageResult) -> None:
-        replace_durably(
-            self.path / "stages.json", json.dumps({**self.finished(), stage: result}, indent=1)
-        )
+        replace_durably(self.path / "stages.json", json.dumps({**self.finished(), stage: result}, indent=1))

@@ -281,7 +281,7 @@ def test_a_state_that_is_not_finite_is_not_saved(folder: Path, tmp_path: Path) -
     worker = actor(alone(), folder, "float32", SCHEDULED)
     with torch.no_grad():
         next(worker.backend.engine.module.parameters())[3] = math.nan
-    with pytest.raises(NonFiniteStateError, match="weight of .* is not finite: it is not saved"):
+    with pytest.raises(NonFiniteStateError, match=r"weight of .* is not finite: it is not saved"):
         worker.save(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -99,8 +99,12 @@ class Ticking:
     async def update(self, minibatch):
         return await self._tick({"loss": 1.0})
 
-    async def save(self, folder):
+    async def save(self, folder, background):
         await self._tick()
+
+    async def saved(self, wait):
+        await self._tick()
+        return wait
 
     async def load(self, folder):
         await self._tick()
@@ -136,6 +140,7 @@ async def test_each_verb_of_a_timed_role_is_in_its_phase_and_answers_as_before()
     assert await roles.reference.score("b") == await roles.critic.score("b") == ("scored", "b")
     assert await roles.critic.update(None) == {"loss": 1.0}
     await roles.actor.save(None)
+    assert await roles.actor.saved(True) is True
     await roles.actor.export(None)
     await roles.actor.load(None)
     times = timeline.end_step()
@@ -146,7 +151,7 @@ async def test_each_verb_of_a_timed_role_is_in_its_phase_and_answers_as_before()
         Phase.UPDATE: 1,
         Phase.SYNC: 2,
         Phase.PROBE: 2,
-        Phase.SAVE: 2,
+        Phase.SAVE: 3,
         Phase.LOAD: 1,
     }
     assert times.driver_s == 0

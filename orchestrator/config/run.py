@@ -184,9 +184,11 @@ def _check_rl(run: Run, rl: RL) -> None:
             f"rl.sampling.max_new_tokens={rl.sampling.max_new_tokens} leaves no room for a prompt in "
             f"model.max_length={run.model.max_length}; lower the first or raise the second"
         )
-    if rl.best_metric == "heldout_accuracy" and not (run.task or (rl.evaluation and rl.evaluation.prompts.path)):
+    if rl.best_metric == "heldout_accuracy" and not (
+        run.task or (rl.evaluation and rl.evaluation.prompts.path)
+    ):
         raise ValueError(
-            "rl.best_metric=heldout_accuracy but nothing is held out; give rl.evaluation.prompts, or use reward"
+            "rl.best_metric=heldout_accuracy but nothing is held out; give rl.evaluation.prompts"
         )
     _check_reward(run.roles.reward, stage=run.reward_model is not None)
     _check_algorithm(run, rl)

@@ -102,11 +102,17 @@ def train(argv: Sequence[str]) -> int:
         return 0
     arguments = train_parser().parse_intermixed_args(argv)
     run = resolve(arguments.words)
+    if not (run.sft or run.reward_model or run.preference or run.rl):
+        raise ValueError("no stage: give at least one of sft, reward_model, preference, rl")
 
     prepare_environment()
-    from launch import train as training  # noqa: PLC0415 - torch and ray load here, after the run is valid
+    from launch.run_folder import RunFolder  # noqa: PLC0415
 
-    return training.main(run, resume=arguments.resume, fresh=arguments.fresh)
+    # Held before the slow imports: a second run on the same directory is refused in less than a second.
+    with RunFolder(run, resume=arguments.resume, fresh=arguments.fresh) as folder:
+        from launch import train as training  # noqa: PLC0415 - torch and ray load here
+
+        return training.main(run, folder)
 
 
 def config(argv: Sequence[str]) -> int:

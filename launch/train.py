@@ -24,36 +24,33 @@ from orchestrator.config import Run
 FAILED = 1
 
 
-def main(run: Run, *, resume: bool, fresh: bool) -> int:
+def main(run: Run, folder: RunFolder) -> int:
     """The exit status; raises ValueError before Ray starts when something is wrong with the run."""
-    if not (run.sft or run.reward_model or run.preference or run.rl):
-        raise ValueError("no stage: give at least one of sft, reward_model, preference, rl")
     started = time.monotonic()
-    with RunFolder(run, resume=resume, fresh=fresh) as folder:
-        materials, progress = prepare(run, folder.path), Progress()
-        tracker = open_tracker(materials.run)
-        try:
-            with Cluster(materials.run) as cluster:
-                session = Session(
-                    materials=materials, folder=folder, cluster=cluster, progress=progress, tracker=tracker,
-                    stop=StopRequest(),
-                )  # fmt: skip
-                results = asyncio.run(until_stopped(session))
-        except StoppedAfterCheckpoint as stopped:
-            progress.note(str(stopped))
-            return CHECKPOINTED
-        except (
-            RuntimeError,
-            ValueError,
-        ) as error:  # from here on no bad input of the user's: keep the traceback
-            (folder.path / "error.log").write_text(traceback.format_exc())
-            progress.note(
-                f"the run failed: {error}\n(traceback in {folder.path / 'error.log'}; --resume goes on)"
-            )
-            return FAILED
-        finally:
-            tracker.close()
-        progress.summary("done", summary(session, results, time.monotonic() - started))
+    materials, progress = prepare(run, folder.path), Progress()
+    tracker = open_tracker(materials.run)
+    try:
+        with Cluster(materials.run) as cluster:
+            session = Session(
+                materials=materials, folder=folder, cluster=cluster, progress=progress, tracker=tracker,
+                stop=StopRequest(),
+            )  # fmt: skip
+            results = asyncio.run(until_stopped(session))
+    except StoppedAfterCheckpoint as stopped:
+        progress.note(str(stopped))
+        return CHECKPOINTED
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # from here on no bad input of the user's: keep the traceback
+        (folder.path / "error.log").write_text(traceback.format_exc())
+        progress.note(
+            f"the run failed: {error}\n(traceback in {folder.path / 'error.log'}; --resume goes on)"
+        )
+        return FAILED
+    finally:
+        tracker.close()
+    progress.summary("done", summary(session, results, time.monotonic() - started))
     return 0
 
 

@@ -107,9 +107,10 @@ class Actor(Learner):
 
     def send_weights(self, version: int) -> WeightReceipt:
         """Rank 0 sends every weight, adapters merged, or the adapter alone, and answers what it sent; the
-        other ranks gather (ZeRO-3)."""
+        other ranks gather (ZeRO-3). Raises NonFiniteStateError on every rank, before anything is sent."""
         if self.sender is None:
             raise RuntimeError("send_weights() before open_channel(): no engine knows this actor")
         backend = self.backend
+        backend.check_finite()
         named = backend.adapter_tensors() if self.sends_adapter else backend.named_full_parameters()
         return self.sender.send(named, version)

@@ -32,7 +32,7 @@ from actors.model import LanguageModel
 from actors.muon import Muon, build_optimizer
 from actors.residence import Residence
 from actors.shards import shards_of
-from actors.training_state import Owned, Snapshot, restore, snapshot
+from actors.training_state import NonFiniteStateError, Owned, Snapshot, restore, snapshot
 from orchestrator.config import Optimizer
 
 if not torch.cuda.is_available():
@@ -162,6 +162,21 @@ class Backend:
             optimizer=self.optimizer,
             names={id(p): name for name, p in self.engine.module.named_parameters()},
         )
+
+    def check_finite(self) -> None:
+        """NonFiniteStateError on every rank when a trained weight of any is NaN or infinite. Collective."""
+        largest = [
+            torch.linalg.vector_norm(shard.owned.detach(), math.inf)
+            for shard in self.shards
+            if shard.owned.numel()
+        ]
+        broken = torch.tensor(0.0, device=self.device)
+        if largest:  # the maximum norm is NaN where any element is
+            broken = (~torch.stack(largest).isfinite()).any().float()
+        if self.world_size > 1:
+            dist.all_reduce(broken)
+        if broken.item():
+            raise NonFiniteStateError("a weight is NaN or infinite: nothing is sent to the engines")
 
     def named_full_parameters(self, value: Value = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) of every weight, tied ones once and adapters merged into them,

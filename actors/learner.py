@@ -9,6 +9,7 @@ without rows for one of them gets an empty list and runs the first two rows with
 objectives on pairs.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,6 +85,7 @@ class Learner(Worker):
                 f"{self.role} rank {self.rank} got no micro-batch; give it [[]] to take part without rows"
             )
         sums: dict[str, Tensor] = {}
+        figures: dict[str, float] = {}
         for number, positions in enumerate(micro_batches, start=1):
             part, weights = self._cut(minibatch, positions)
             loss = self.loss(self.output(part), part)
@@ -92,14 +94,19 @@ class Learner(Worker):
                     f"{self.role}: the loss has shape {tuple(loss.values.shape)} but its weights "
                     f"{tuple(weights.shape)}"
                 )
-            total = _weigh(loss.values, weights)
-            self.backend.accumulate(total, last=number == len(micro_batches))
+            total, last = _weigh(loss.values, weights), number == len(micro_batches)
             num_tokens = part.action_mask.sum() * bool(positions)
-            figures = {"loss": total.detach(), "num_tokens": num_tokens, "weight": weights.sum()}
-            figures |= {f"metrics/{name}": _weigh(metric, weights) for name, metric in loss.metrics.items()}
-            for name, figure in figures.items():  # on the device: reading a figure here would wait for it
+            measured = {"loss": total.detach(), "num_tokens": num_tokens, "weight": weights.sum()}
+            measured |= {f"metrics/{name}": _weigh(metric, weights) for name, metric in loss.metrics.items()}
+            for name, figure in measured.items():  # on the device: reading a figure here would wait for it
                 sums[name] = sums.get(name, 0.0) + figure.double()
-        return _means(self._add_over_ranks(sums)) | self.backend.step()
+            if last:
+                figures = _means(self._add_over_ranks(sums))
+                if not math.isfinite(figures["loss"]):
+                    # Its gradient may be finite all the same (NaN + 0 x weights): none of it may be stepped.
+                    total = total * math.nan
+            self.backend.accumulate(total, last=last)
+        return figures | self.backend.step()
 
     def update_rows(
         self, records: Experience | Examples, rows: Tensor, weights: Tensor, micro_batches: MicroBatches

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 from launch.build import Crew, rl_roles
+from launch.dump import dump
 from launch.graceful import StoppedAfterCheckpoint
 from launch.progress import write_samples
 from launch.run_folder import StageResult
@@ -22,6 +23,8 @@ from orchestrator.evaluate import evaluate
 from orchestrator.ledger import Ledger
 from orchestrator.loop import train
 from orchestrator.metrics import rollout_metrics, throughput
+from orchestrator.mismatch import CAUSES, MISMATCH
+from orchestrator.numbers import NonFiniteError, Patience, was_skipped
 from orchestrator.publish import Probe
 from orchestrator.roles import Metrics, Roles
 from orchestrator.shaping import RunningStats
@@ -91,6 +94,8 @@ class Journal:
             background=rl.checkpoints_in_background,
         )
         self.failed_saves = 0  # in a row
+        self.patience = Patience(rl.steps)
+        self.causes: set[str] = set()  # of log-probs out of range, already spoken of
         self.stop = session.stop
         self.newest: Path | None = None
         self.accuracies: dict[str, float] = {}
@@ -140,8 +145,29 @@ class Journal:
         self.session.progress.step("rl", step, self.rl.steps, figures)
         if self.rl.samples_every and (step % self.rl.samples_every == 0 or step == 1):
             write_samples(self.session.folder.path / "samples.jsonl", step, scored[:SAMPLES_WRITTEN])
+        self._look_at_numbers(step, scored, batch, figures)
         await self._milestones(state, figures)
         self.timeline.end_step()
+
+    def _look_at_numbers(
+        self, step: int, scored: Sequence[ScoredRollout], batch: Batch, figures: Metrics
+    ) -> None:
+        """Dumps a batch that was not learned from; raises NonFiniteError when there are too many."""
+        note = self.session.progress.note
+        if was_skipped(figures):
+            texts = [f"{s.rollout.uid} {s.reward!r} {s.rollout.text}" for s in scored]
+            where = dump(self.folder / "non_finite", step, batch, figures, texts)
+            note(f"WARNING: step {step} met numbers that are not finite and was skipped; batch: {where}")
+        try:
+            self.patience.seen(figures, step)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}. The last good checkpoint is {self.newest}") from None
+        for cause in {c for c in CAUSES if f"{MISMATCH}{c}" in figures} - self.causes:
+            self.causes.add(cause)
+            note(
+                f"WARNING: from step {step} on, engine's and trainer's log-probs differ beyond rounding; "
+                f"cause: {cause} (orchestrator/mismatch.py)"
+            )
 
     async def _milestones(self, state: DriverState, figures: Metrics) -> None:
         """Saves before it evaluates, which may fail, unless the save needs the figure."""

@@ -8,6 +8,7 @@ import torch
 
 from actors.group import LearnerGroup, RewardLearnerGroup
 from launch.build import Crew
+from launch.dump import dump
 from launch.graceful import StoppedAfterCheckpoint
 from launch.prepare import StageRows
 from launch.run_folder import StageResult
@@ -21,6 +22,7 @@ from orchestrator.driver_state import DriverState
 from orchestrator.examples import Unit
 from orchestrator.heldout import heldout_figures
 from orchestrator.metrics import throughput
+from orchestrator.numbers import Patience, was_skipped
 from orchestrator.objectives import sft
 from orchestrator.objectives._base import Objective
 from orchestrator.roles import Metrics
@@ -213,11 +215,15 @@ def _model(session: Session, path: str) -> Model:
 
 
 def _logger(session: Session, stage: str, steps: int) -> Callable[[int, Examples, Metrics], None]:
-    last = time.monotonic()
+    last, patience = time.monotonic(), Patience(steps)
 
     def log(step: int, examples: Examples, metrics: Metrics) -> None:
         nonlocal last
         now = time.monotonic()
+        if was_skipped(metrics):
+            dump(session.folder.path / stage / "non_finite", step, examples, metrics, [])
+            session.progress.note(f"WARNING: step {step} met numbers that are not finite and was skipped")
+        patience.seen(metrics, step)
         figures = {
             **metrics,
             **throughput(examples.attention_mask, now - last),

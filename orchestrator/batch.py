@@ -63,7 +63,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredRollout:
-    """A rollout with its reward: finite, or it does not exist (``Reward.score`` refuses NaN)."""
+    """A rollout with its reward: finite, or NaN: then the loop learns nothing from its batch."""
 
     rollout: Rollout
     reward: float  # the weighted sum of the run's rewards, before shaping

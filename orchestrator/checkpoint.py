@@ -46,14 +46,17 @@ class Manifest:
     score: float | None = None  # what "best" compares, the higher the better; None: not measured
 
     def text(self) -> str:
-        """The only text of this manifest: its sha256, then its fields."""
-        fields = json.dumps(asdict(self), indent=1)
-        return json.dumps({"sha256": hashlib.sha256(fields.encode()).hexdigest()}) + "\n" + fields + "\n"
+        """The only text of this manifest: its fields, and their sha256."""
+        fields = asdict(self)
+        checksum = hashlib.sha256(json.dumps(fields).encode()).hexdigest()
+        return json.dumps({**fields, "sha256": checksum}, indent=1)
 
     @classmethod
     def read(cls, text: str) -> "Manifest":
-        """Raises ValueError or TypeError unless it is exactly what ``text`` wrote."""
-        manifest = cls(**json.loads(text.split("\n", 1)[1]))
+        """Raises ValueError, TypeError or KeyError unless it is exactly what ``text`` wrote."""
+        fields = json.loads(text)
+        del fields["sha256"]
+        manifest = cls(**fields)
         if manifest.text() != text:
             raise ValueError("it differs from its own checksum")
         return manifest
@@ -213,7 +216,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises CheckpointError unless it is there and as it was written."""
     try:
         return Manifest.read((folder / MANIFEST).read_bytes().decode())
-    except (OSError, ValueError, TypeError, IndexError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be trusted: {error}") from error
 
 

@@ -30,7 +30,12 @@ async def answers(
 
 
 async def judged(reward: Reward, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
-    return list(await asyncio.gather(*(reward.score(group) for group in groups)))
+    """Raises ValueError for a reward that is not finite: a mean over the others would be of other prompts."""
+    scored = list(await asyncio.gather(*(reward.score(group) for group in groups)))
+    for one in (one for group in scored for one in group):
+        if not math.isfinite(one.reward):
+            raise ValueError(f"the reward of sample {one.rollout.uid} is {one.reward}: {one.parts}")
+    return scored
 
 
 def pass_at_k(num_samples: int, num_solved: int, k: int) -> float:

@@ -1,6 +1,7 @@
 """Which groups are worth training on (dynamic sampling, DAPO, arXiv:2503.14476 section 3.2)."""
 
 from collections.abc import Sequence
+from math import isfinite
 
 from pydantic import PositiveInt, model_validator
 
@@ -27,7 +28,10 @@ class GroupFilter(Settings):
         return self
 
     def keeps(self, rewards: Sequence[float]) -> bool:
-        """Whether a group with these rewards, at least one, goes into the batch."""
+        """Whether a group with these rewards, at least one, goes into the batch. One with a reward that is
+        not finite does: the loop must see it."""
+        if not all(map(isfinite, rewards)):
+            return True
         mean = sum(rewards) / len(rewards)
         if self.flat and max(rewards) == min(rewards):
             return False

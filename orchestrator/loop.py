@@ -5,10 +5,13 @@ Reads no file, opens no device, runs no model, imports no Ray: every role is a h
 as far as ``rl.staleness`` allows (``stream.py``); within a step, all roles that can work at once do.
 """
 
+from __future__ import annotations
+
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from orchestrator.batch import Batch, Experience, Prompt, ScoredRollout
 from orchestrator.collate import collate, collate_scores
@@ -16,13 +19,18 @@ from orchestrator.config import RL
 from orchestrator.drawing import draw, sample
 from orchestrator.driver_state import DriverState
 from orchestrator.ledger import Ledger
-from orchestrator.metrics import KL_COEF, mean_metrics, staleness_shares
+from orchestrator.metrics import KL_COEF, ROLLOUT_LOGPROB_DIFF_MEAN, mean_metrics, staleness_shares
 from orchestrator.minibatch import minibatches
+from orchestrator.mismatch import MISMATCH, mismatch_cause
+from orchestrator.numbers import SKIPPED, non_finite, was_skipped
 from orchestrator.publish import Probe, publish
 from orchestrator.roles import Metrics, Roles
 from orchestrator.scoring import score
 from orchestrator.shaping import shape
 from orchestrator.stream import RolloutStream
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class StaleRolloutError(RuntimeError):
@@ -66,20 +74,24 @@ async def train(  # noqa: PLR0913 - a run, by name
             check_fresh(batch, state.step, rl.staleness)
             synced = await proof
 
-            limit = rl.sampling.max_new_tokens
-            rewards, stats, shaped = shape(batch, rl.shaping, state.rewards, max_new_tokens=limit)
+            step, stats = state.step + 1, state.rewards
             scores, mismatch = await score(roles, batch, rl, early=collate_scores(scored))
-            experience, judged = rl.algorithm.experience(
-                replace(batch, rewards=rewards), scores, state.kl_coef
-            )
-
-            step = state.step + 1
-            learned = await learn(roles, experience, rl, step=step, seed=seed + step)
+            if broken := non_finite(batch, scores):  # nothing is computed from such a batch
+                learned: Metrics = {SKIPPED: 1.0, **broken}
+            else:
+                limit = rl.sampling.max_new_tokens
+                rewards, stats, shaped = shape(batch, rl.shaping, stats, max_new_tokens=limit)
+                experience, judged = rl.algorithm.experience(
+                    replace(batch, rewards=rewards), scores, state.kl_coef
+                )
+                learned = await learn(roles, experience, rl, step=step, seed=seed + step)
+                learned |= {**shaped, **judged}
             proof = await publish(roles, step, probe)
 
             ages = staleness_shares(batch, state.step, rl.staleness)
-            metrics = {**drawn.metrics, **ages, **learned, **shaped, **judged, **mismatch, **synced}
+            metrics = {**drawn.metrics, **ages, **learned, **mismatch, **synced}
             metrics |= {KL_COEF: state.kl_coef} if state.kl_coef else {}
+            metrics |= blamed(scores.get("actor") if mismatch else None, batch, metrics, state.step, probe)
             state = DriverState(step=step, kl_coef=next_kl_coef(rl, state, metrics, batch), rewards=stats)
             ledger.settle(drawn.prompts, step)
             await observer.stepped(state, drawn.groups, batch, metrics)
@@ -112,9 +124,20 @@ async def learn(roles: Roles, experience: Experience, rl: RL, *, step: int, seed
     return mean_metrics(history)
 
 
+def blamed(actor: Tensor | None, batch: Batch, metrics: Metrics, version: int, probe: Probe) -> Metrics:
+    """{"mismatch/<cause>": 1} when the engine's log-probs are further from the trainer's than rounding."""
+    mean = metrics.get(ROLLOUT_LOGPROB_DIFF_MEAN, metrics.get(f"actor/{ROLLOUT_LOGPROB_DIFF_MEAN}", 0.0))
+    if not math.isfinite(mean):  # numbers.py has spoken of it
+        return {}
+    cause = mismatch_cause(
+        actor, batch, version=version, mean=mean, tolerance=probe.tolerance, probe_diff=metrics["probe_diff"]
+    )
+    return {} if cause is None else {f"{MISMATCH}{cause}": 1.0}
+
+
 def next_kl_coef(rl: RL, state: DriverState, metrics: Metrics, batch: Batch) -> float:
-    """The controller's answer to this step; a frozen actor tells it nothing."""
-    if state.step < rl.critic_warmup:
+    """The controller's answer to this step; a frozen actor or a skipped step tells it nothing."""
+    if state.step < rl.critic_warmup or was_skipped(metrics):
         return state.kl_coef
     return rl.algorithm.next_kl_coef(state.kl_coef, metrics, len(batch.tokens))
 

@@ -1,13 +1,17 @@
 """The rewards of finished rollouts become one number each, and what is no number goes no further.
 
-A reward that is NaN or missing would turn a whole batch into NaN, or count as 0 without a word (BUGS B11,
-B16): here it stops the run, with the sample it belongs to.
+A reward that is missing or no number would count as 0 without a word (BUGS B11): here it stops the run, with
+the sample it belongs to. One that is NaN or infinite makes its sample's sum NaN, said aloud: the loop learns
+nothing from the batch it is in (BUGS B16; ``numbers.py``).
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
 from orchestrator.batch import Rollout, ScoredRollout
+
+logger = logging.getLogger("quartet")
 
 
 class RewardError(ValueError):
@@ -21,27 +25,26 @@ def weigh(
 ) -> list[ScoredRollout]:
     """reward = sum of weights[name] * its part [name]; each part stays beside it under its name.
 
-    Raises RewardError naming the reward and the sample when one is missing or not a finite number.
+    A sum is finite, or NaN when a part is not finite or the parts overflow. Raises RewardError naming reward
+    and sample when one is missing or no number.
     """
     scored = []
     for rollout, own in zip(rollouts, parts, strict=True):
-        values = {name: _finite(name, rollout.uid, own.get(name)) for name in weights}
+        values = {name: _number(name, rollout.uid, own.get(name)) for name in weights}
         total = sum(weights[name] * value for name, value in values.items())
-        if not math.isfinite(total):
-            raise RewardError(
-                f"the rewards {values} of sample {rollout.uid} add up to {total}; lower their weights"
-            )
+        if not all(map(math.isfinite, (total, *values.values()))):
+            logger.warning("the rewards %s of sample %s add up to no finite number", values, rollout.uid)
+            total = math.nan  # a part of weight 0 does not hide: 0 x NaN is NaN, 0 x infinity too
         scored.append(ScoredRollout(rollout=rollout, reward=total, parts=values))
     return scored
 
 
-def _finite(name: str, uid: str, value: float | None) -> float:
+def _number(name: str, uid: str, value: float | None) -> float:
     if value is None:
         raise RewardError(f"reward {name!r} gave sample {uid} no reward; expected one number per response")
     try:
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RewardError(f"reward {name!r} gave sample {uid} the reward {value!r}; expected a finite number")
-    return number
+        raise RewardError(
+            f"reward {name!r} gave sample {uid} the reward {value!r}; expected a number"
+        ) from None

@@ -6,6 +6,7 @@ after one step show every gradient; float64 autograd of plain Transformers gives
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -318,6 +319,47 @@ def test_a_gradient_that_is_not_finite_skips_one_step_on_all_ranks(
     two_ranks: Ranks, folder: Path, dtype: str, stage: int
 ) -> None:
     assert two_ranks(survive, folder, dtype, stage) == [(1.0, True, True)] * 2
+
+
+def lose_finitely(place: Place, folder: Path, stage: int) -> tuple[float, bool]:
+    """skipped_steps where the loss of one row is infinite and every gradient finite; weights untouched."""
+    worker = actor(place, folder, "float32", {"learning_rate": 1e-2, "zero_stage": stage})
+    plain = worker.loss
+
+    def infinite(policy: PolicyOutput, part: Examples) -> Loss:
+        loss = plain(policy, part)
+        poison = (part.tokens == POISON).any(1, keepdim=True)
+        return replace(loss, values=-policy.logprobs + torch.where(poison, math.inf, 0.0))
+
+    worker.loss = infinite
+    before = whole_weights(worker)
+    plan = [[0, 2], [4]] if place.rank == 0 else [[1, 3], [5]]
+    skipped = worker.update(minibatch(poison=True), plan)["skipped_steps"]
+    return skipped, all(torch.equal(before[n], t) for n, t in whole_weights(worker).items())
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_loss_that_is_not_finite_skips_the_step_though_its_gradient_is(
+    two_ranks: Ranks, folder: Path, stage: int
+) -> None:
+    """Rank 1 does not have the row."""
+    assert two_ranks(lose_finitely, folder, stage) == [(1.0, True)] * 2
+
+
+def refuse_to_send(place: Place, folder: Path, stage: int) -> str:
+    worker = actor(place, folder, "float32", {"learning_rate": 1e-2, "zero_stage": stage})
+    worker.backend.check_finite()
+    if place.rank == 1:
+        worker.backend.shards[0].owned.data.view(-1)[0] = math.nan
+    with pytest.raises(NonFiniteStateError) as error:
+        worker.backend.check_finite()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_weight_that_is_not_finite_is_sent_by_no_rank(two_ranks: Ranks, folder: Path, stage: int) -> None:
+    answers = two_ranks(refuse_to_send, folder, stage)
+    assert answers == ["a weight is NaN or infinite: nothing is sent to the engines"] * 2
 
 
 def test_small_learning_rates_move_bfloat16_weights_as_far_as_float32(tmp_path: Path) -> None:

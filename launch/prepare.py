@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from actors.reward_function import RewardFunction, find_reward_function
 from launch import tasks
 from launch.foresight import refuse_what_cannot_fit
+from launch.preflight import refuse_what_has_no_place
 from launch.trainable import check_trainable
 from orchestrator.batch import Prompt
 from orchestrator.config import RL, ChatData, Evaluation, Model, Preference, RewardModel, Run, Sft
@@ -56,6 +58,7 @@ def prepare(run: Run, folder: Path) -> Materials:
     """Raises ValueError with field, rule, value and remedy for the first thing that is wrong."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    refuse_what_has_no_place(run, num_gpus=torch.cuda.device_count())
     run = with_task(run, folder) if run.task else run
     tokenizer = load_tokenizer(run.model.path, run.model.revision, field="model.path")
     for field, path in role_models(run).items():

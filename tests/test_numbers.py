@@ -90,9 +90,7 @@ def test_too_many_skipped_steps_end_the_run():
     patience = Patience(1000)
     for step in range(10):
         assert patience.seen(bad, step) and not patience.seen(good, step)
-    with pytest.raises(
-        NonFiniteError, match=r"the 11\. in all .* 10 in all are allowed"
-    ):
+    with pytest.raises(NonFiniteError, match=r"the 11\. in all .* 10 in all are allowed"):
         patience.seen(bad, 11)
 
 

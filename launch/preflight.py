@@ -1,0 +1,34 @@
+"""Whether the run's workers fit on this machine, asked before Ray starts and a model is loaded.
+
+On a cluster that is already running, the cluster is asked instead, within ``placement.timeout_s``.
+"""
+
+import os
+from collections.abc import Iterator
+
+from orchestrator.config import Run
+from orchestrator.placement import Resources, layout, shortage
+
+
+def stage_roles(run: Run) -> Iterator[tuple[str, list[str]]]:
+    """(stage, the roles it starts at once)."""
+    if run.sft:
+        yield "sft", ["actor"]
+    if run.reward_model:
+        yield "reward_model", ["reward"]
+    if run.preference:
+        beside = run.preference.objective.needs_reference and not run.preference.precompute_reference
+        yield "preference", ["actor", "reference"] if beside else ["actor"]
+    if run.rl:
+        yield "rl", ["actor", "engine", "reward", *sorted(run.rl.algorithm.roles())]
+
+
+def refuse_what_has_no_place(run: Run, *, num_gpus: int, num_cpus: int | None = None) -> None:
+    """ValueError with what a stage asks for, what this machine has and which number to lower. Nothing is
+    said of a run that goes to a running cluster."""
+    if run.ray_address or os.environ.get("RAY_ADDRESS"):
+        return
+    machine: Resources = {"CPU": float(num_cpus or os.cpu_count() or 1), "GPU": float(num_gpus)}
+    for stage, roles in stage_roles(run):
+        if why := shortage(run, layout(run, roles), [machine]):
+            raise ValueError(f"the {stage} stage does not fit on this machine:\n{why}")

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import re
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -209,3 +211,104 @@ def test_the_command_serves_a_reward_model_whose_scores_are_transformers_own(rew
         tokens = torch.tensor([[*tokenizer(asked + response).input_ids, tokenizer.eos_token_id]])
         with torch.no_grad():
             assert score == pytest.approx(model(tokens).logits.item(), rel=1e-4, abs=1e-5)
+
+
+# a service that misbehaves
+
+
+@contextlib.contextmanager
+def raw(script):
+    """A TCP server that does ``script(socket)`` after each request; yields its URL."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                script(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    listening.close()
+
+
+def reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def silence(connection):
+    time.sleep(5)
+
+
+def drip(connection):
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    for _ in range(100):
+        connection.sendall(b" ")
+        time.sleep(0.05)
+
+
+def cut(connection):
+    connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"scores": [')
+
+
+@pytest.mark.parametrize("script", [reset, silence, drip, cut])
+def test_a_service_that_hangs_drips_or_resets_ends_at_the_deadline_without_a_reward(script, monkeypatch):
+    """FAULTS 14."""
+    monkeypatch.setattr(remote_reward, "FIRST_PAUSE_S", 0.01)
+    began = time.monotonic()
+    with raw(script) as url, pytest.raises(RuntimeError, match=r"no reward within 0\.5 s; last, "):
+        RemoteReward([url], deadline_s=0.5)("x", "p", None)
+    assert 0.4 < time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("script", [reset, cut])
+def test_another_service_takes_over_from_one_that_breaks_off(script):
+    with raw(script) as broken, service(lengths) as good:
+        assert RemoteReward([broken, good]).score_all([("x", "p", None)] * 3) == [11.0] * 3
+
+
+def test_a_huge_answer_is_refused():
+    body = b'{"scores": [' + b" " * 2**21
+    with answering((200, body)) as (url, _), pytest.raises(ValueError, match="longer than 1048576 bytes"):
+        RemoteReward([url])("x", "p", None)
+
+
+def test_a_redirect_is_not_followed():
+    good = {"scores": [{"id": "0", "score": 0.5}]}
+    with answering((200, good)) as (elsewhere, seen):
+
+        def move(connection):
+            line = f"HTTP/1.1 307 Moved\r\nLocation: {elsewhere}/score\r\nContent-Length: 0\r\n\r\n"
+            connection.sendall(line.encode())
+
+        with raw(move) as url, pytest.raises(ValueError, match="HTTP 307"):
+            RemoteReward([url], token="secret")("x", "p", None)
+    assert seen == []
+
+
+def test_a_url_with_a_password_is_refused():
+    with pytest.raises(ValueError, match="holds a password") as error:
+        RemoteReward(["http://me:hunter2@host"])
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_dead_service_is_left_alone_while_another_answers_and_asked_again_later(monkeypatch):
+    monkeypatch.setattr(remote_reward, "REST_S", 0.4)
+    good = (200, {"scores": [{"id": "0", "score": 0.5}]})
+    failing = [(503, b"")] * 4
+    with answering(*failing, good) as (weak, weak_seen), answering(good) as (strong, strong_seen):
+        client = RemoteReward([weak, strong])
+        for _ in range(12):
+            assert client("x", "p", None) == 0.5
+        assert (len(weak_seen), len(strong_seen)) == (remote_reward.BREAKS_AFTER, 12)
+        time.sleep(0.45)
+        assert [client("x", "p", None) for _ in range(2)] == [0.5] * 2  # one more failure, then rest again
+        assert len(weak_seen) == remote_reward.BREAKS_AFTER + 1
+        time.sleep(0.45)
+        before = len(strong_seen)
+        assert [client("x", "p", None) for _ in range(4)] == [0.5] * 4  # it answers, and has its share again
+        assert (len(weak_seen), len(strong_seen) - before) == (remote_reward.BREAKS_AFTER + 3, 2)

@@ -164,15 +164,13 @@ class Backend:
         )
 
     def check_finite(self) -> None:
-        """NonFiniteStateError on every rank when a trained weight of any is NaN or infinite. Collective."""
-        largest = [
-            torch.linalg.vector_norm(shard.owned.detach(), math.inf)
-            for shard in self.shards
-            if shard.owned.numel()
-        ]
-        broken = torch.tensor(0.0, device=self.device)
-        if largest:  # the maximum norm is NaN where any element is
-            broken = (~torch.stack(largest).isfinite()).any().float()
+        """NonFiniteStateError on every rank when a weight of any is NaN or infinite. Collective."""
+        here = [getattr(p, "ds_tensor", p).detach() for p in self.engine.module.parameters()]
+        # The maximum norm is NaN where any element is.
+        largest = [torch.linalg.vector_norm(t, math.inf).float() for t in here if t.numel()]
+        broken = torch.zeros((), device=self.device)
+        if largest:
+            broken = (~torch.stack(largest).isfinite()).any().float().to(self.device)
         if self.world_size > 1:
             dist.all_reduce(broken)
         if broken.item():

@@ -108,7 +108,10 @@ class SimulatedLearner(SimulatedScorer):
         await self.seats.work(self.service.update(lengths, responses, self.optimizer), "update")
         return {}
 
-    async def save(self, folder: Path) -> None:
+    async def saved(self, wait: bool = False) -> bool:
+        return True
+
+    async def save(self, folder: Path, background: bool = False) -> None:
         pass
 
     async def load(self, folder: Path) -> None:

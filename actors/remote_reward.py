@@ -23,6 +23,8 @@ from threading import Lock
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from orchestrator.secret import Secret
+
 Question = tuple[str, str, str | None]  # (response, prompt, label), as a reward function takes them
 
 CHUNK = 64  # samples per request
@@ -81,7 +83,7 @@ class RemoteReward:
         self._breakers = [Breaker() for _ in urls]
         self._open = urllib.request.build_opener(_StayHere).open
         self._deadline_s = deadline_s
-        self._token = token or os.environ.get(TOKEN)
+        self._token = Secret(token or os.environ.get(TOKEN, ""))
         self._asked = 0  # chunks so far: where the next one starts
 
     def __call__(self, response: str, prompt: str, label: str | None) -> float:
@@ -129,7 +131,7 @@ class RemoteReward:
     def _post(self, url: str, body: bytes, until: float) -> bytes:
         request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
         if self._token:
-            request.add_header("Authorization", f"Bearer {self._token}")
+            request.add_header("Authorization", f"Bearer {self._token.reveal()}")
         with self._open(request, timeout=max(0.01, until - time.monotonic())) as answer:
             return _whole(answer, until)
 

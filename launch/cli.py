@@ -26,6 +26,7 @@ from launch.environment import prepare_environment
 from orchestrator.config import Run
 from orchestrator.configfile import load_run, run_as_yaml
 from orchestrator.plugins import nearest
+from orchestrator.secret import redact, redact_logs, refuse_secrets
 
 PRESETS, ALGORITHMS = "launch.presets", "algorithms"
 REFUSED, INTERRUPTED = 2, 130
@@ -68,10 +69,11 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status is 0, what training returns, 2 (refused) or 130 (interrupted)."""
+    redact_logs()
     try:
         return dispatch(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
-        print(f"quartet: error: {error}", file=sys.stderr)
+        print(redact(f"quartet: error: {error}"), file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("quartet: interrupted", file=sys.stderr)
@@ -274,7 +276,9 @@ def resolve(words: Sequence[str]) -> Run:
         )
     with ExitStack() as open_files:
         files = [Path(name) if is_file(name) else open_files.enter_context(preset(name)) for name in runs]
-        return load_run(files, overrides)
+        run = load_run(files, overrides)
+    refuse_secrets(run_as_yaml(run))
+    return run
 
 
 def is_file(word: str) -> bool:

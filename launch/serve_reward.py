@@ -25,6 +25,8 @@ import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from orchestrator.secret import Secret
+
 MAX_SAMPLES = 1024  # per request
 MAX_CHARACTERS = 1_000_000  # per text
 
@@ -85,7 +87,7 @@ class Batcher:
                     answer.set_result(own)
 
 
-def application(score: Score, *, token: str | None, max_batch: int) -> FastAPI:
+def application(score: Score, *, token: Secret | None, max_batch: int) -> FastAPI:
     batcher = Batcher(score, max_batch=max_batch)
 
     @asynccontextmanager
@@ -98,7 +100,7 @@ def application(score: Score, *, token: str | None, max_batch: int) -> FastAPI:
 
     def authorised(request: Request) -> None:
         given = request.headers.get("authorization", "")
-        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        if token and not hmac.compare_digest(given.encode(), f"Bearer {token.reveal()}".encode()):
             raise HTTPException(401, "send the service's token as `Authorization: Bearer ...`")
 
     async def answer(request: ScoreRequest) -> dict[str, list[dict[str, str | float]]]:
@@ -146,7 +148,7 @@ def model_score(path: str, *, dtype: str, max_length: int, device: str, micro_ba
     return score
 
 
-def read_token(file: str | None, host: str) -> str | None:
+def read_token(file: str | None, host: str) -> Secret | None:
     """The token; ValueError when the service would listen beyond this machine without one."""
     token = Path(file).read_text().strip() if file else os.environ.get("QUARTET_REWARD_TOKEN", "")
     if not token and host != "localhost" and not ipaddress.ip_address(host).is_loopback:
@@ -154,7 +156,7 @@ def read_token(file: str | None, host: str) -> str | None:
             f"--host {host} without a token lets everybody use the service; write one (mode 0600) and give "
             "--token-file, or listen on 127.0.0.1"
         )
-    return token or None
+    return Secret(token) if token else None
 
 
 def main(argv: Sequence[str]) -> int:

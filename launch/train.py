@@ -20,6 +20,7 @@ from launch.session import Session
 from launch.supervised_stage import run_preference, run_reward_model, run_sft
 from launch.tracking import open_tracker
 from orchestrator.config import Run
+from orchestrator.secret import redact
 
 FAILED = 1
 
@@ -43,7 +44,7 @@ def main(run: Run, folder: RunFolder) -> int:
         RuntimeError,
         ValueError,
     ) as error:  # from here on no bad input of the user's: keep the traceback
-        (folder.path / "error.log").write_text(traceback.format_exc())
+        (folder.path / "error.log").write_text(redact(traceback.format_exc()))
         progress.note(
             f"the run failed: {error}\n(traceback in {folder.path / 'error.log'}; --resume goes on)"
         )

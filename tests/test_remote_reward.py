@@ -22,6 +22,7 @@ from actors.remote_reward import CHUNK, RemoteReward
 from actors.reward import Judge
 from actors.reward_function import find_reward_function
 from launch.serve_reward import application, read_token
+from orchestrator.secret import Secret
 from tests import tiny
 from tests.fakes import prompt, rollout
 from tests.models import byte_tokenizer
@@ -31,7 +32,7 @@ from tests.ray_head import ROOT, free_port
 @contextlib.contextmanager
 def service(score, token=None):
     port = free_port()
-    app = application(score, token=token, max_batch=256)
+    app = application(score, token=Secret(token) if token else None, max_batch=256)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 60
 # Wall-clock time is for people who read records; control runs on monotonic clocks only.
 MAY_TELL_WALL_TIME = {ROOT / "launch" / "tracking.py"}
 # The thread between a run and a third-party service, whose failures by design do not matter.
-MAY_CATCH_ALL = {ROOT / "launch" / "sidecar.py"}
+MAY_CATCH_ALL = {ROOT / "launch" / "sidecar.py", ROOT / "actors" / "reward_child.py"}
 # Settings for the constructor of a class that is built in another process, as Ray's own call takes them.
 MAY_PASS_ON = {("group.py", "spawn"), ("build.py", "group")}
 

@@ -160,7 +160,5 @@ def test_skipped_batches_are_dumped_and_too_many_end_the_run_at_its_last_good_ch
 
 
 def test_a_best_metric_that_no_step_has_is_refused_at_the_first(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"rl\.best_metric='rewrad' is no metric of a step; .*'reward'"
-    ):
+    with pytest.raises(ValueError, match=r"rl\.best_metric='rewrad' is no metric of a step; .*'reward'"):
         go(tmp_path, settings(steps=3, best_metric="rewrad"), fake_roles())

@@ -32,7 +32,7 @@ from actors.model import LanguageModel
 from actors.muon import Muon, build_optimizer
 from actors.residence import Residence
 from actors.shards import shards_of
-from actors.training_state import NonFiniteStateError, Owned, Snapshot, restore, snapshot
+from actors.training_state import NonFiniteStateError, Owned, Snapshot, all_finite, restore, snapshot
 from orchestrator.config import Optimizer
 
 if not torch.cuda.is_available():
@@ -164,13 +164,10 @@ class Backend:
         )
 
     def check_finite(self) -> None:
-        """NonFiniteStateError on every rank when a weight of any is NaN or infinite. Collective."""
-        here = [getattr(p, "ds_tensor", p).detach() for p in self.engine.module.parameters()]
-        # The maximum norm is NaN where any element is.
-        largest = [torch.linalg.vector_norm(t, math.inf).float() for t in here if t.numel()]
-        broken = torch.zeros((), device=self.device)
-        if largest:
-            broken = (~torch.stack(largest).isfinite()).any().float().to(self.device)
+        """NonFiniteStateError on every rank when a trained weight of any is not finite. Collective."""
+        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        broken = all_finite([getattr(p, "ds_tensor", p) for p in trained]).logical_not().float()
+        broken = broken.to(self.device)
         if self.world_size > 1:
             dist.all_reduce(broken)
         if broken.item():

@@ -133,9 +133,9 @@ class Learner(Worker):
         self.backend.residence.move(level)
 
     def save(self, folder: Path, background: bool = False) -> None:
-        """The whole training state as it is now, and beside it the adapter as PEFT and ``quartet export`` read
-        it; each rank writes its part, in ``background`` while it trains
-        on. OSError on a full disk, NonFiniteStateError for a state that must not be saved."""
+        """The training state as it is now, and beside it the adapter as PEFT and ``quartet export`` read it;
+        each rank writes its part, in ``background`` while it trains on. OSError on a full disk,
+        NonFiniteStateError for a state that must not be saved."""
         self.saved(wait=True)
         state = self.backend.snapshot()
         if self.backend.ranks is not None and self.rank == 0:

@@ -36,6 +36,12 @@ class NonFiniteStateError(ValueError):
     """NaN or infinity in what would be saved or sent."""
 
 
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """One bool. A maximum norm is NaN where any element is, and takes no memory."""
+    norms = [torch.linalg.vector_norm(t.detach(), float("inf")).float() for t in tensors if t.numel()]
+    return torch.stack(norms).isfinite().all() if norms else torch.tensor(True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """One rank's share, copied out of the way of the next step."""

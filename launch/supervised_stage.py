@@ -15,7 +15,7 @@ from launch.run_folder import StageResult
 from launch.session import Session
 from orchestrator import metrics as names
 from orchestrator.batch import Examples
-from orchestrator.checkpoint import Checkpoints
+from orchestrator.checkpoint import Checkpoints, Retention
 from orchestrator.collate import collate_examples
 from orchestrator.config import Adapter, Model, Preference
 from orchestrator.driver_state import DriverState
@@ -144,14 +144,14 @@ class Journal:
 
     def __init__(self, session: Session, stage: str, learner: LearnerGroup, *, steps: int) -> None:
         self.session, self.learner, self.steps = session, learner, steps
-        self.checkpoints = Checkpoints(session.folder.path / stage / "checkpoints", keep=1)
+        self.checkpoints = Checkpoints(session.folder.path / stage / "checkpoints", keep=Retention(last=1))
 
     async def restore(self) -> int:
         """Steps that are done: 0 on a fresh stage."""
-        latest = self.checkpoints.latest()
-        if latest is None:
+        found = self.checkpoints.latest()
+        if found is None:
             return 0
-        folder, manifest = latest
+        folder, manifest = found.folder, found.manifest
         await self.learner.load(folder / LEARNER)
         self.session.progress.note(f"resumed from step {manifest.step}: {folder}")
         return manifest.step

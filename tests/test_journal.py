@@ -37,9 +37,10 @@ def go(folder, rl, roles, *, stop=None, notes=None):
     session = SimpleNamespace(
         folder=SimpleNamespace(path=folder), progress=notes, tracker=tracker,
         materials=SimpleNamespace(heldout_prompts=None, judge=None), cluster=Quiet(),
+        stop=stop or StopRequest(),
     )  # fmt: skip
     ledger = Ledger([prompt(row) for row in range(7)], seed=3)
-    journal = Journal(session, rl, roles, ledger, Timeline(), stop or StopRequest())
+    journal = Journal(session, rl, roles, ledger, Timeline())
 
     async def run():
         start = await journal.restore()

@@ -156,12 +156,9 @@ class Backend:
             zero.checkpoint_event_epilogue()
 
     def _owned(self) -> Owned:
-        return Owned(
-            shards=self.shards,
-            averages=None if self.average is None else self.average.tensors,
-            optimizer=self.optimizer,
-            names={id(p): name for name, p in self.engine.module.named_parameters()},
-        )
+        names = {id(p): name for name, p in self.engine.module.named_parameters()}
+        averages = None if self.average is None else self.average.tensors
+        return Owned(shards=self.shards, averages=averages, optimizer=self.optimizer, names=names)
 
     def check_finite(self) -> None:
         """NonFiniteStateError on every rank when a trained weight of any is not finite. Collective."""

@@ -71,9 +71,10 @@ def test_a_directory_that_cannot_be_written_or_is_full_is_refused_before_anythin
 def test_the_second_sigterm_ends_the_process_at_once():
     program = (
         "import asyncio, sys, time\n"
-        "from launch.graceful import stop_on_sigterm\n"
+        "from launch.graceful import StopRequest, stop_on_sigterm\n"
         "async def main():\n"
-        "    with stop_on_sigterm() as stop:\n"
+        "    stop = StopRequest()\n"
+        "    with stop_on_sigterm(stop):\n"
         "        print('ready', flush=True)\n"
         "        while not stop.asked: await asyncio.sleep(0.01)\n"
         "        print('asked', flush=True)\n"

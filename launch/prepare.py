@@ -58,7 +58,6 @@ def prepare(run: Run, folder: Path) -> Materials:
     """Raises ValueError with field, rule, value and remedy for the first thing that is wrong."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    refuse_what_has_no_place(run, num_gpus=torch.cuda.device_count())
     run = with_task(run, folder) if run.task else run
     tokenizer = load_tokenizer(run.model.path, run.model.revision, field="model.path")
     for field, path in role_models(run).items():
@@ -80,6 +79,7 @@ def prepare(run: Run, folder: Path) -> Materials:
     prompts = files.read(lambda: _prompts(run.rl, run.model, tokenizer)) if run.rl else None
     heldout = files.read(lambda: _heldout(evaluation, run, tokenizer)) if evaluation else None
     files.raise_all()
+    refuse_what_has_no_place(run, num_gpus=torch.cuda.device_count())
     return Materials(
         run=run,
         tokenizer=tokenizer,

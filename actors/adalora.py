@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig
 from peft.tuners.adalora import RankAllocator
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FILE = "ranks.pt"
+FILE = "ranks.safetensors"
 SAVED = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # the allocator's running importances
+PATTERN = "pattern"
 
 
 class RankSchedule:
@@ -55,12 +57,20 @@ class RankSchedule:
         return int(self._config.total_step - self._config.tfinal)
 
     def save(self, folder: Path) -> None:
-        torch.save(
-            {**{n: getattr(self._allocator, n) for n in SAVED}, "pattern": self._pattern}, folder / FILE
-        )
+        tensors = {
+            f"{kind}/{name}": tensor.contiguous()
+            for kind in SAVED
+            for name, tensor in getattr(self._allocator, kind).items()
+        }
+        for name, stays in self._pattern.items():
+            tensors[f"{PATTERN}/{name}"] = torch.tensor(stays)
+        save_file(tensors, folder / FILE)
 
     def load(self, folder: Path) -> None:
-        saved = torch.load(folder / FILE, weights_only=True)
-        self._pattern = saved["pattern"]
-        for name in SAVED:
-            setattr(self._allocator, name, saved[name])
+        tables: dict[str, dict[str, Any]] = {kind: {} for kind in (*SAVED, PATTERN)}
+        for key, tensor in load_file(folder / FILE).items():
+            kind, name = key.split("/", 1)
+            tables[kind][name] = tensor.tolist() if kind == PATTERN else tensor
+        self._pattern = tables.pop(PATTERN)
+        for kind, tensors in tables.items():
+            setattr(self._allocator, kind, tensors)

@@ -131,13 +131,21 @@ def test_an_address_where_nobody_listens_is_named(head, tmp_path):
     assert result.returncode == 2 and "address=http://127.0.0.1:9 cannot be reached" in result.stderr
 
 
-def test_waiting_for_nodes_ends_when_who_starts_them_has_ended(head):
+@pytest.mark.parametrize("who", ["the process that starts them", "one worker of several"])
+def test_waiting_for_nodes_ends_when_who_starts_them_has_ended(head, tmp_path, who):
     began = time.monotonic()
-    with subprocess.Popen(["sleep", "1"]) as keeper:
+    seconds = "1" if who == "the process that starts them" else "600"
+    with subprocess.Popen(["sleep", seconds]) as keeper:
+        why = f"process {keeper.pid}, which starts them, has ended"
+        if seconds == "600":
+            (tmp_path / "worker-1.ended").write_text("7\n")
+            why = "worker-1 has ended with code 7"
         done = subprocess.run(
-            [sys.executable, "-m", "launch.submit.wait_for_nodes", head.gcs, "2", "300", str(keeper.pid)],
+            [sys.executable, "-m", "launch.submit.wait_for_nodes", head.gcs, "2", "300", str(tmp_path),
+             str(keeper.pid)],
             env=environment(head.token_file.parent), capture_output=True, text=True, timeout=200, cwd=ROOT,
         )  # fmt: skip
+        keeper.kill()
     assert done.returncode == 1, done.stderr
-    assert f"1 of 2 nodes joined and process {keeper.pid}, which starts them, has ended" in done.stderr
+    assert f"1 of 2 nodes joined and {why}" in done.stderr
     assert time.monotonic() - began < 100

@@ -17,7 +17,7 @@ set -euo pipefail
 log() { printf '[start] %s\n' "$*"; }
 umask 077
 folder=@FOLDER@
-attempt=$folder/restart-${SLURM_RESTART_COUNT:-0}
+export attempt=$folder/restart-${SLURM_RESTART_COUNT:-0}
 mkdir -p "$attempt"
 export PATH=@BIN@:$PATH PYTHONPATH=@ROOT@ RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$attempt/token
 export RAY_USAGE_STATS_ENABLED=0 QUARTET_RAY_VERSION=@RAY@ @ENVIRONMENT@
@@ -31,11 +31,12 @@ head=$(getent ahostsv4 "$name" | awk 'NR == 1 { print $1 }')
 log "allocated: ${#nodes[@]} nodes (${nodes[*]}), restart ${SLURM_RESTART_COUNT:-0}"
 
 driver=
+waiter=
 pids=()
 finish() {
     code=$?
     trap - EXIT TERM USR1
-    for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
+    for pid in "${pids[@]}" $waiter; do kill "$pid" 2>/dev/null || true; done
     wait || true
     exit "$code"
 }
@@ -69,12 +70,17 @@ if ((${#nodes[@]} > 1)); then
         --output="$attempt/worker-%t.log" \
         /bin/bash -c 'labels=('"${labels[*]:1}"'); mine=${labels[$SLURM_PROCID]}
             if [ "$mine" = - ]; then mine=; else mine=--labels=$mine; fi
-            exec ray start --block --address='"$head:@PORT@"' $mine @RAY_OPTIONS@' & pids+=($!)
+            ray start --block --address='"$head:@PORT@"' $mine @RAY_OPTIONS@ || code=$?
+            echo "${code:-0}" > "$attempt/worker-$SLURM_PROCID.ended"; exit "${code:-0}"' & pids+=($!)
 fi
-if ! python -m launch.submit.wait_for_nodes "$head:@PORT@" "${#nodes[@]}" @DEADLINE@ "${pids[@]}"; then
+# In the background: bash hears a signal during `wait`, not during a command.
+python -m launch.submit.wait_for_nodes "$head:@PORT@" "${#nodes[@]}" @DEADLINE@ "$attempt" "${pids[@]}" &
+waiter=$!
+if ! wait "$waiter"; then
     tail -n 20 "$attempt"/worker-*.log || true
     exit 1
 fi
+waiter=
 
 export RAY_ADDRESS=$head:@PORT@
 resume=(@RESUME@)

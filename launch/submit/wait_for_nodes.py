@@ -1,12 +1,14 @@
-"""``python -m launch.submit.wait_for_nodes ADDRESS COUNT SECONDS [PID ...]``: returns when so many Ray nodes
-are alive.
+"""``python -m launch.submit.wait_for_nodes ADDRESS COUNT SECONDS FOLDER [PID ...]``: returns when so many Ray
+nodes are alive.
 
-The processes PID keep the nodes (the head, Slurm's step of the workers): when one of them ends, the nodes
-that are missing will never come, and waiting ends at once.
+The processes PID keep the nodes (the head, Slurm's step of the workers). When one of them ends, or one worker
+of the step says so by a file FOLDER/NAME.ended with its exit code, the nodes that are missing will never
+come, and waiting ends at once.
 """
 
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import ray
@@ -16,7 +18,7 @@ POLL_S = 0.3
 
 def main() -> int:
     address, count, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    keepers = [int(pid) for pid in sys.argv[4:]]
+    folder, keepers = Path(sys.argv[4]), [int(pid) for pid in sys.argv[5:]]
     ray.init(address=address, log_to_driver=False, logging_level="error")
     deadline = time.monotonic() + seconds
     while True:
@@ -26,6 +28,8 @@ def main() -> int:
         why = f"within {seconds:g} s" if time.monotonic() > deadline else None
         if ended := [pid for pid in keepers if has_ended(pid)]:
             why = f"and process {ended[0]}, which starts them, has ended"
+        for worker in sorted(folder.glob("*.ended")):
+            why = f"and {worker.stem} has ended with code {worker.read_text().strip()}"
         if why:
             sys.stderr.write(f"{len(alive)} of {count} nodes joined {why}: {', '.join(alive)}\n")
             return 1

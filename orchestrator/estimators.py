@@ -61,10 +61,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     """
     rewards, values = rewards.where(mask, 0.0), values.where(mask, 0.0)
     if _has_gaps(mask):
-        in_front = _in_front(mask)
-        packed = _gae(_pack(rewards, mask, in_front), _pack(values, mask, in_front), gamma, lam)
-        advantages = values.new_zeros(values.shape)
-        advantages[mask] = packed[in_front]
+        packing = Packing(mask)
+        packed = _gae(packing.pack(rewards), packing.pack(values), gamma, lam)
+        advantages = packing.unpack(packed)
     else:
         advantages = _gae(rewards, values, gamma, lam).where(mask, 0.0)
     return advantages, advantages + values
@@ -112,18 +111,30 @@ def _has_gaps(mask: Tensor) -> bool:
     return bool((starts > 1).any())
 
 
-def _in_front(mask: Tensor) -> Tensor:
-    """[B, A] bool: as many True at the front of each row as the row has actions, A the most of any."""
-    lengths = mask.sum(1, keepdim=True)
-    columns = lengths.new_ones(1, max(1, int(lengths.max()))).cumsum(1)
-    return columns <= lengths
+class Packing:
+    """Where each action of [B, T] stands in [B, A] when those of a row are side by side at its front; A the
+    most of any row. By flat indices: they are made once and serve both ways."""
 
+    def __init__(self, mask: Tensor) -> None:
+        lengths = mask.sum(1, keepdim=True)
+        columns = lengths.new_ones(1, max(1, int(lengths.max()))).cumsum(1)
+        in_front = columns <= lengths
+        self._shape, self._packed_shape = mask.shape, in_front.shape
+        self._place, self._packed_place = mask.flatten().nonzero()[:, 0], in_front.flatten().nonzero()[:, 0]
 
-def _pack(values: Tensor, mask: Tensor, in_front: Tensor) -> Tensor:
-    """[B, T] -> [B, A]: the actions' values side by side, 0 behind them."""
-    packed = values.new_zeros(in_front.shape)
-    packed[in_front] = values[mask]
-    return packed
+    def pack(self, values: Tensor) -> Tensor:
+        """[B, T] -> [B, A]: the actions' values, 0 behind them."""
+        return self._move(values, self._place, self._packed_place, self._packed_shape)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[B, A] -> [B, T], 0 off the mask."""
+        return self._move(packed, self._packed_place, self._place, self._shape)
+
+    @staticmethod
+    def _move(values: Tensor, source: Tensor, target: Tensor, shape: tuple[int, ...]) -> Tensor:
+        moved = values.new_zeros(shape)
+        moved.view(-1).index_copy_(0, target, values.flatten().index_select(0, source))
+        return moved
 
 
 def group_sums(values: Tensor, groups: Tensor) -> Tensor:

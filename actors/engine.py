@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _CPU_KV_CACHE_MB = 256
-_CPU_BLOCK_TOKENS = 32  # the least that vLLM's CPU attention likes
+CPU_BLOCK_TOKENS = 32  # the least that vLLM's CPU attention likes
 
 
 class EngineWorker:
@@ -108,7 +108,7 @@ class EngineWorker:
             enforce_eager=self._eager,
             enable_prefix_caching=True,
             # Siblings share whole blocks of their prompt; at vLLM's 128 on CPUs most prompts share none.
-            block_size=_CPU_BLOCK_TOKENS if on_cpu else None,
+            block_size=CPU_BLOCK_TOKENS if on_cpu else None,
             # vLLM rewinds a seeded sampler after a part of a prompt, which its CPU generators cannot.
             enable_chunked_prefill=not on_cpu,
             logprobs_mode="processed_logprobs",  # those of the distribution that was drawn from

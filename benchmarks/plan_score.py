@@ -1,11 +1,11 @@
 """How good is the foresight? Layouts of the quickstart's rl stage, measured and predicted by the planner.
 
-    python benchmarks/plan_score.py measure [LAYOUT ...]   # about 40 s each on two cores
+    python benchmarks/plan_score.py measure [LAYOUT ...]   # 40 s each on two cores; default: those not yet
     python benchmarks/plan_score.py fit                    # rates and overheads, from layouts set aside
     python benchmarks/plan_score.py score                  # table and plot of the others
 
-All layouts start from one SFT checkpoint and one reward model. Measured are the fastest step of each,
-since other jobs ran on these cores, and the peak of the memory of all processes together (PSS).
+All layouts start from one SFT checkpoint and one reward model. Measured are the median of the warm steps of
+each and the peak of the memory of all processes together (PSS), each layout written as soon as it is done.
 """
 
 import argparse
@@ -157,16 +157,15 @@ def measured(name: str, folder: Path, base: Path, smollm2: Path) -> dict[str, ob
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [entry for entry in lines if "step_s" in entry][1 if is_smollm2(name) else WARM :]
 
-    def fastest(key: str) -> float:
-        """Other jobs on the machine only ever slow a step down."""
-        return round(min(step.get(key, 0.0) for step in steps), 4)
+    def middle(key: str) -> float:
+        return round(statistics.median(step.get(key, 0.0) for step in steps), 4)
 
     keys = sorted({key for step in steps for key in step if key.startswith("seconds/")})
     return {
-        "step_s": fastest("step_s"),
+        "step_s": middle("step_s"),
         "steps_s": [round(step["step_s"], 4) for step in steps],
         "response_tokens": round(statistics.mean(step["response_tokens"] for step in steps), 2),
-        "seconds": {key.removeprefix("seconds/"): fastest(key) for key in keys},
+        "seconds": {key.removeprefix("seconds/"): middle(key) for key in keys},
         "peak_gib": watch.total / 2**30,
         "peak_by_role_gib": {role: size / 2**30 for role, size in watch.by_role().items()},
     }
@@ -422,7 +421,9 @@ def main() -> None:
              "--fresh"],
             check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-    measure(arguments.layouts or list(LAYOUTS), work, base, arguments.smollm2)
+    done = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    wanted = arguments.layouts or [name for name in LAYOUTS if name not in done]
+    measure(wanted, work, base, arguments.smollm2)
 
 
 if __name__ == "__main__":

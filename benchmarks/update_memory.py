@@ -2,62 +2,122 @@
 
     python benchmarks/update_memory.py --model models/smollm2 --out benchmarks/results/update_memory_cpu.json
 
-Each side is a process of its own that loads the model and takes one policy-gradient step (forward, backward,
-AdamW) on ``--tokens`` tokens of 512 each in one micro-batch, gradient checkpointing on; what differs is where
-the log-probs come from: ``blocks`` is ``actors.model`` as it trains, ``logits`` is Transformers' own forward
-and a log-softmax over [tokens, vocabulary]. ``peak_mb`` is the largest resident size minus that of the loaded
-model; ``whole_mb`` the largest resident size. Prints the loss as well: both must train on the same number.
+Each side is a process of its own with the ``Actor`` of a run (DeepSpeed, AdamW, float32, gradient
+checkpointing, the allocator's settings of a worker) and its second update: ``--tokens`` tokens, 512 a row, in
+one micro-batch, every token asked for. ``blocks`` is the actor as it trains; ``logits`` is the same with
+``TokenHead`` told to keep [tokens, vocabulary] whole, which is what it does for small batches.
+
+    resident_mb   tensors that the model holds between updates: weights and both moments
+    above_mb      most bytes of tensors alive beyond that, in each phase and in all (torch's allocations)
+    process_mb    largest resident size of the process in the update, with Python and the allocator's gaps
+
+Prints the loss as well: both must train on the same number. 4,096 tokens take two minutes on a core.
 """
 
 import argparse
 import json
-import resource
+import os
+import re
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from launch.environment import MODEL_ENV  # noqa: E402
 
 LENGTH = 512
+PHASE = "phase: "
+MIB = 2**20
 
 
-def resident_mb() -> float:
+def process_mb(key: str) -> float:
     status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
+    found = re.search(rf"{key}:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) / 1024
 
 
-def one_side(model: str, tokens: int, side: str) -> dict[str, float]:
+def named_phase(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """``call`` as a span of the profiler."""
+    from torch.autograd.profiler import record_function
+
+    def spanned(*arguments: Any, **named: Any) -> Any:
+        with record_function(PHASE + name):
+            return call(*arguments, **named)
+
+    return spanned
+
+
+def above_mb(update: Callable[[], dict[str, float]]) -> dict[str, int]:
+    """Most bytes of tensors alive beyond those at the start, by phase."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        update()
+    events = found.profiler.kineto_results.events()
+    spans = [(e.start_ns(), e.end_ns(), e.name()) for e in events if e.name().startswith(PHASE)]
+    alive, peaks = 0, {"all": 0}
+    for at, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        alive += change
+        inside = [name for begin, end, name in spans if begin <= at <= end]
+        for name in ("all", *inside):
+            peaks[name] = max(peaks.get(name, 0), alive)
+    return {name.removeprefix(PHASE): round(peak / MIB) for name, peak in peaks.items()}
+
+
+def one_side(model: str, tokens: int, side: str) -> dict[str, Any]:
     """Runs in its own process."""
     import torch
 
-    from actors.model import PolicyModel
-    from orchestrator.config import Model
+    import actors.model
+    from actors.actor import Actor
+    from orchestrator.algorithms import grpo
+    from orchestrator.batch import Experience, Minibatch
+    from orchestrator.config import Model, Optimizer
 
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
+    if side == "logits":
+        actors.model.LOGITS_KEPT = 2**60
     source = Model(path=model, dtype="float32", max_length=LENGTH, gradient_checkpointing=True)
-    policy = PolicyModel.load(source).train()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
-    ids = torch.randint(0, policy.model.config.vocab_size, (tokens // LENGTH, LENGTH))
-    everywhere = torch.ones_like(ids, dtype=torch.bool)
-    weights = torch.randn(ids.shape)
-    before, start = resident_mb(), time.perf_counter()
-    if side == "blocks":
-        logprobs = policy(ids, everywhere, everywhere, 1.0)[0][:, 1:]
-    else:
-        head = policy.model.get_output_embeddings()
-        states = policy.hidden_states(ids, everywhere)
-        every = torch.nn.functional.linear(states, head.weight)[:, :-1].log_softmax(-1)
-        logprobs = every.gather(-1, ids[:, 1:, None]).squeeze(-1)
-        del every
-    loss = (weights[:, 1:] * logprobs).mean()
-    loss.backward()
-    optimizer.step()
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    policy_loss = grpo.CONFIG(kl_coef=0.0).policy_loss
+    actor = Actor(
+        model=source, optimizer=Optimizer(learning_rate=1e-6), total_steps=8, loss=policy_loss
+    )  # fmt: skip
+    host, port = actor.rendezvous()
+    actor.setup(0, 1, host, port, 2, 0, 600.0)
+
+    def update(rows: int) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(0)
+        mask = torch.ones(rows, LENGTH, dtype=torch.bool)
+        records = Experience(
+            tokens=torch.randint(0, 49152, mask.shape, generator=generator), attention_mask=mask,
+            action_mask=mask, rollout_logprobs=torch.zeros(mask.shape), old_logprobs=None,
+            advantages=torch.randn(rows, 1, generator=generator) * mask, old_values=None, returns=None,
+            ref_logprobs=None,
+        )  # fmt: skip
+        minibatch = Minibatch(records=records, rows=torch.arange(rows), weights=mask / mask.sum())
+        return actor.update(minibatch, [list(range(rows))])
+
+    update(1)  # makes the moments: every step but the first has them
+    kept = list(actor.backend.engine.module.parameters())
+    kept += [t for state in actor.backend.optimizer.state.values() for t in state.values()]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    rows = tokens // LENGTH
+    loss = update(rows)["loss"]
+    whole = process_mb("VmHWM")
+    actor.output = named_phase(actor.output, "forward")  # type: ignore[method-assign]
+    actor.loss = named_phase(actor.loss, "loss")
+    actor.backend.accumulate = named_phase(actor.backend.accumulate, "backward")  # type: ignore[method-assign]
+    actor.backend.step = named_phase(actor.backend.step, "step")  # type: ignore[method-assign]
     return {
-        "peak_mb": round(peak - before), "whole_mb": round(peak), "loss": loss.item(),
-        "seconds": round(seconds, 1),
-    }  # fmt: skip
+        "loss": loss,
+        "resident_mb": round(sum(t.numel() * t.element_size() for t in kept) / MIB),
+        "above_mb": above_mb(lambda: update(rows)),
+        "process_mb": round(whole),
+    }
 
 
 def main() -> None:
@@ -72,15 +132,17 @@ def main() -> None:
     if args.side:
         print(json.dumps(one_side(args.model, args.tokens, args.side)))
         return
-    report: dict[str, object] = {"tokens": args.tokens, "length": LENGTH}
-    sides = {}
+    report: dict[str, Any] = {"tokens": args.tokens, "length": LENGTH}
     for side in ("logits", "blocks"):
-        command = [sys.executable, "-m", "benchmarks.update_memory", "--model", args.model]
-        command += ["--tokens", str(args.tokens), "--side", side]
-        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        report[side] = sides[side] = json.loads(result.stdout.splitlines()[-1])
-    for figure in ("peak_mb", "whole_mb"):
-        report[f"{figure}_ratio"] = round(sides["blocks"][figure] / sides["logits"][figure], 3)
+        command = [sys.executable, __file__, "--model", args.model, "--tokens", str(args.tokens)]
+        environment = {"OMP_NUM_THREADS": "2", **os.environ, **MODEL_ENV}
+        result = subprocess.run(
+            [*command, "--side", side], check=True, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        report[side] = json.loads(result.stdout.splitlines()[-1])
+    blocks, logits = report["blocks"], report["logits"]
+    report["above_ratio"] = round(blocks["above_mb"]["all"] / logits["above_mb"]["all"], 3)
+    report["process_ratio"] = round(blocks["process_mb"] / logits["process_mb"], 3)
     text = json.dumps(report, indent=1)
     print(text)
     if args.out:

@@ -1,11 +1,12 @@
 """What the benchmarks count and say: floors by hand, changes beyond the noise, and the simulated loop."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from launch.bench import driver, main, result
+from launch.bench import driver, main, phases, result
 from launch.bench.result import Figure, compare
 from launch.bench.roofline import Ceilings, Shape
 from launch.bench.scaling import ideal_s
@@ -38,6 +39,14 @@ def test_the_shape_of_qwen_has_its_published_number_of_parameters():
     qwen = driver.QWEN_05B
     biases_and_norms = qwen.layers * (qwen.query + 2 * qwen.key + 2 * qwen.hidden) + qwen.hidden
     assert qwen.multiplied + biases_and_norms == 494_032_768  # tied: the head is the embedding
+
+
+def test_prompts_that_a_group_pays_by_hand():
+    """Blocks of 32: of 128 tokens 96 are shared and 3 of 4 siblings compute 32 each; of 129, one token."""
+    work = phases.Workload(model="m", dtype="float32", samples=4, prompt_tokens=128)
+    assert phases._paid(work) == pytest.approx((128 + 3 * 32) / 128)
+    assert phases._paid(replace(work, prompt_tokens=129)) == pytest.approx((129 + 3) / 129)
+    assert phases._paid(replace(work, prompt_tokens=20)) == 4  # no whole block
 
 
 def figure(name, samples, better="higher"):

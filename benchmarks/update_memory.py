@@ -87,7 +87,7 @@ def one_side(model: str, tokens: int, side: str) -> dict[str, Any]:
         model=source, optimizer=Optimizer(learning_rate=1e-6), total_steps=8, loss=policy_loss
     )  # fmt: skip
     host, port = actor.rendezvous()
-    actor.setup(0, 1, host, port, 2, 0, 600.0)
+    actor.setup(0, 1, host, port, int(os.environ["OMP_NUM_THREADS"]), 0, 600.0)
 
     def update(rows: int) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)

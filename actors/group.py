@@ -209,8 +209,7 @@ class LearnerGroup(ScorerGroup):
     async def update(self, minibatch: Minibatch) -> Metrics:
         """One optimizer step over all ranks; every rank returns the same global figures."""
         records, rows = minibatch.records, minibatch.rows
-        together = records.groups if isinstance(records, Examples) else None
-        units = [] if together is None else together[rows].tolist()
+        units = [] if records.groups is None else records.groups[rows].tolist()
         shares = self._plan(records.attention_mask[rows].sum(1).tolist(), units=units)
         ref = self._store.put(records)
         answers = await asyncio.gather(

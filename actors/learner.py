@@ -5,8 +5,8 @@ own rows, and gradients are summed: so the step cannot depend on the number of r
 padding.
 
 Every rank runs the same number of micro-batches (each forward pass is a collective under ZeRO-3). A rank
-without rows for one of them gets an empty list and runs the first two rows with weights of zero: two, for
-objectives on pairs.
+without rows for one of them gets an empty list and runs the first rows that belong together with weights of
+zero.
 """
 
 import math
@@ -186,7 +186,7 @@ class Learner(Worker):
 
     def _cut(self, minibatch: Minibatch, positions: Sequence[int]) -> tuple[Any, Tensor]:
         """The rows at these positions and their weights, without the columns only other rows needed."""
-        index = torch.tensor(list(positions or range(min(2, len(minibatch.rows)))))
+        index = torch.tensor(list(positions or _first_unit(minibatch)))
         part = to_device(take(minibatch.records, minibatch.rows[index]), self.device)
         weights = minibatch.weights[index].to(self.device)
         if weights.dim() == 2:
@@ -199,6 +199,14 @@ class Learner(Worker):
         if self.world_size > 1:
             dist.all_reduce(flat)
         return dict(zip(sums, flat.tolist(), strict=True))
+
+
+def _first_unit(minibatch: Minibatch) -> list[int]:
+    """Positions of the first rows that one loss compares; where the records do not say, two, for pairs."""
+    groups, rows = minibatch.records.groups, minibatch.rows
+    if groups is None:
+        return list(range(min(2, len(rows))))
+    return (groups[rows] == groups[rows[0]]).nonzero().squeeze(1).tolist()
 
 
 def to_device(records: R, device: torch.device) -> R:

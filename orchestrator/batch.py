@@ -120,6 +120,8 @@ class Experience(_Columns):
     ref_logprobs: Tensor | None  # [B, T] None when the run has no reference
     kl_coef: float = 0.0
     ref_distribution: Tensor | None = None  # [B, T, V]
+    groups: Tensor | None = None  # [B] int64: rows of one number are stepped on in one micro-batch, rows of
+    # -1 not at all; None: each row stands alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,6 +160,17 @@ def group_best(rewards: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
     return valid & (rewards == high[groups])
 
 
+def group_first(among: Tensor, groups: Tensor) -> Tensor:
+    """[B] bool: whether the row is the first of its group that is ``among`` them."""
+    B = len(groups)
+    if not B:
+        return among
+    place = groups.new_ones(B).cumsum(0) - 1
+    nobody = groups.new_full((int(groups.max()) + 1,), B)
+    first = nobody.scatter_reduce(0, groups, place.where(among, B), "amin")
+    return among & (place == first[groups])
+
+
 def group_centred(rewards: Tensor, groups: Tensor, valid: Tensor, *, leave_one_out: bool = False) -> Tensor:
     """[B] reward minus the mean of its group, or of the others in its group (RLOO, arXiv:2402.14740 eq. 9).
 

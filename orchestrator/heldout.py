@@ -1,8 +1,9 @@
 """Figures of a model on rows it was not trained on, each with what is needed to trust it.
 
 The accuracy of a few hundred pairs is uncertain by several points: it comes with Wilson's 95 % interval
-(J. Am. Stat. Assoc. 22, 1927). Calibration asks if a margin means what Bradley-Terry says it means: among
-pairs that the model is 80 % sure of, it should be right in 80 %.
+(J. Am. Stat. Assoc. 22, 1927), a loss with that of a mean over the units, from their spread. Calibration asks
+if a margin means what Bradley-Terry says it means: among pairs that the model is 80 % sure of, it should be
+right in 80 %.
 """
 
 import math
@@ -71,7 +72,7 @@ async def heldout_figures(
     sums: dict[str, float] = {}
     seen: list[Tensor] = []
     kls: list[float] = []
-    total = 0.0
+    total, losses, sizes = 0.0, list[Tensor](), list[Tensor]()
     for start in range(0, len(units), SCORED_AT_ONCE):
         drawn = units[start : start + SCORED_AT_ONCE]
         examples = (collate_packed if packed else collate_examples)(drawn, pad_id=pad_id)
@@ -85,9 +86,14 @@ async def heldout_figures(
         output = scores if is_reward else PolicyOutput(logprobs=scores, entropy=None)
         size = float(examples.action_mask.sum()) if objective.layout == "examples" else float(len(drawn))
         total += size
-        for name, mean in weighted_means(objective, output, examples).items():
-            sums[name] = sums.get(name, 0.0) + size * mean
+        weights, loss = objective.weights(examples).double(), objective.loss(output, examples)
+        for name, each in {"loss": loss.values, **loss.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + size * float((weights * each.double()).sum())
+        losses.append(size * of_units(weights * loss.values.double(), examples))
+        sizes.append(size * of_units(weights, examples))
     figures = objective.summarize({name: figure / total for name, figure in sums.items()})
+    half = Z95 * standard_error(torch.cat(losses), torch.cat(sizes))
+    figures |= {"loss_low": figures["loss"] - half, "loss_high": figures["loss"] + half}
     if kls and objective.needs_kl:
         figures["kl"] = sum(kls) / len(kls)
     if objective.stage == "reward_model" and objective.layout == "pairs":
@@ -99,10 +105,16 @@ async def heldout_figures(
     return {f"heldout_{name}": figure for name, figure in figures.items()}
 
 
-def weighted_means(
-    objective: Objective, output: Tensor | PolicyOutput, examples: Examples
-) -> dict[str, float]:
-    """The loss and its metrics as one minibatch."""
-    weights, loss = objective.weights(examples).double(), objective.loss(output, examples)
-    figures = {"loss": loss.values, **loss.metrics}
-    return {name: float((weights * each.double()).sum()) for name, each in figures.items()}
+def of_units(rows: Tensor, examples: Examples) -> Tensor:
+    """[b] or [b, T] -> sums over each unit, [units]."""
+    each = rows.flatten(1).sum(1) if rows.dim() > 1 else rows
+    assert examples.groups is not None  # collate numbers them
+    return each.new_zeros(int(examples.groups[-1]) + 1).index_add(0, examples.groups, each)
+
+
+def standard_error(losses: Tensor, sizes: Tensor) -> float:
+    """Of sum(losses) / sum(sizes), both [n] of independent units: the ratio estimator's (Cochran, Sampling
+    Techniques, 1977, eq. 6.13). Units of equal size: their deviation / sqrt(n). 0 for a single unit."""
+    n, total = len(losses), sizes.sum()
+    rest = losses - losses.sum() / total * sizes
+    return float((rest.square().sum() * n / max(1, n - 1)).sqrt() / total)

@@ -19,22 +19,32 @@ from orchestrator.settings import Aggregate
 def minibatches(
     experience: Experience, updates: Updates, *, aggregate: Aggregate, constant_length: int, seed: int
 ) -> Iterator[Minibatch]:
-    """``epochs`` passes in ``minibatches`` equal steps each, shuffled by ``seed``.
+    """``epochs`` passes in ``minibatches`` equal steps each, shuffled by ``seed``; groups stay whole.
 
-    Raises ValueError when the sequences do not divide evenly: a shorter last step would weigh its
-    sequences more than the others.
+    Raises ValueError when the sequences, or the groups, do not divide evenly: a shorter last step would weigh
+    its sequences more than the others.
     """
-    B, count = len(experience.tokens), updates.minibatches
+    groups = None if experience.groups is None else _rows_of_groups(experience.groups)
+    B, count = len(experience.tokens) if groups is None else len(groups), updates.minibatches
     if B % count:
-        raise ValueError(f"{B} sequences do not split into {count} equal minibatches; pick a divisor of {B}")
+        what = "sequences" if groups is None else "groups"
+        raise ValueError(f"{B} {what} do not split into {count} equal minibatches; pick a divisor of {B}")
     shuffle = torch.Generator().manual_seed(seed)
     for _ in range(updates.epochs):
         order = torch.arange(B) if count == 1 else torch.randperm(B, generator=shuffle)
-        for rows in order.view(count, B // count):
+        for drawn in order.view(count, B // count):
+            rows = drawn if groups is None else torch.cat([groups[number] for number in drawn.tolist()])
             mask = experience.action_mask[rows]
             yield Minibatch(
                 records=experience, rows=rows, weights=token_weights(mask, aggregate, constant_length)
             )
+
+
+def _rows_of_groups(groups: Tensor) -> list[Tensor]:
+    """The rows of each group; those of -1 are in none. Example: [1, -1, 0, 1] gives [2], [0, 3]."""
+    order = groups.argsort(stable=True)[int((groups < 0).sum()) :]
+    sizes = groups[order].bincount()
+    return list(torch.split(order, sizes[sizes > 0].tolist()))
 
 
 def token_weights(mask: Tensor, aggregate: Aggregate, constant_length: int = 0) -> Tensor:

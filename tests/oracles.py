@@ -156,6 +156,9 @@ def advantages(name, c, seqs, kl_coef):
             silent = by_group(seqs, lambda r: [float(min(r) == max(r))] * len(r), totals)
             rows = [[0.0] * len(w) if s else w for w, s in zip(whiten(rows), silent, strict=True)]
         return rows, None
+    if name == "online_dpo":
+        sides = pair_sides(seqs, [s.reward - fsum(p) for s, p in zip(seqs, penalties, strict=True)])
+        return [[x] * len(s.logp) for x, s in zip(sides, seqs, strict=True)], None
     placed = [token_rewards(s.reward, p) for s, p in zip(seqs, penalties, strict=True)]
     if name == "ppo":
         rows = [gae(r, s.values, c.gamma, c.gae_lambda) for r, s in zip(placed, seqs, strict=True)]
@@ -173,6 +176,17 @@ def advantages(name, c, seqs, kl_coef):
     tokens = [x for row in rows for x in row]
     mean = fmean(tokens) if tokens and c.baseline == "batch" else 0.0
     return [[x - mean for x in row] for row in rows], None
+
+
+def pair_sides(seqs, rewards):
+    """1 for the best response of each prompt, -1 for its worst, 0 for others; of equals the likeliest."""
+    sides = [0.0] * len(seqs)
+    for group in {s.group for s in seqs}:
+        rows = [i for i, s in enumerate(seqs) if s.group == group and s.logp]
+        if len({rewards[i] for i in rows}) > 1:
+            sides[max(rows, key=lambda i: (rewards[i], fsum(seqs[i].rollout)))] = 1.0
+            sides[min(rows, key=lambda i: (rewards[i], -fsum(seqs[i].rollout)))] = -1.0
+    return sides
 
 
 def clip(x, low, high):

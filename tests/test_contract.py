@@ -77,6 +77,17 @@ def padded(record, extra):
     return replace(record, **changed)
 
 
+def whole_groups(parts, groups):
+    """The same parts, every group where its first row is."""
+    cut = [torch.isin(groups, groups[part]).nonzero().squeeze(1) for part in parts]
+    taken, whole = set(), []
+    for rows in cut:
+        mine = [row for row in rows.tolist() if int(groups[row]) not in taken]
+        taken |= {int(groups[row]) for row in mine}
+        whole += [torch.tensor(mine)] if mine else []
+    return whole
+
+
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.3, 1 / 3, -1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_groups_of_equal_rewards_have_exactly_no_gradient(family, reward, dtype):
@@ -85,7 +96,7 @@ def test_groups_of_equal_rewards_have_exactly_no_gradient(family, reward, dtype)
     algorithm = family.model_validate(PLAIN)
     case = Case(np.random.default_rng(0), 21, 6, group_size=3, dtype=dtype)
     batch = replace(case.batch(), rewards=torch.full((21,), reward, dtype=dtype))
-    experience, metrics = algorithm.experience(batch, {"actor": case.old}, 0.0)
+    experience, metrics = algorithm.experience(batch, {"actor": case.old, "reference": case.ref}, 0.0)
     assert (experience.advantages == 0).all() and metrics["groups_without_signal"] == 1
     assert (gradient(algorithm, experience, case) == 0).all()
 
@@ -173,6 +184,8 @@ def test_ranks_and_micro_batches_do_not_show_in_the_gradient(algorithm, aggregat
     whole = gradient(algorithm, experience, case, aggregate)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
     parts = [order[a:b] for a, b in pairwise([0, *cuts, 24])]
+    if algorithm.steps_on_groups:
+        parts = whole_groups(parts, case.groups)
     split = gradient(algorithm, experience, case, aggregate, parts)
     torch.testing.assert_close(split, whole, rtol=1e-6, atol=1e-12)
     assert whole.abs().sum() > 0

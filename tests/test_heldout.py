@@ -7,7 +7,7 @@ import torch
 
 from orchestrator.examples import Unit
 from orchestrator.heldout import calibration_error, heldout_figures, pair_figures, wilson
-from orchestrator.objectives import bradley_terry, dpo, kto, sft
+from orchestrator.objectives import bradley_terry, dpo, kto, sft, simpo
 from orchestrator.supervised import KnownReference, LiveReference, fit
 
 
@@ -48,6 +48,25 @@ async def test_heldout_loss_pools_tokens_and_not_parts():
     units = [Unit(rows=(row(1, 2, 4),))] * 70 + [Unit(rows=(row(1, 6),))] * 5  # two parts of 64 and 11
     figures = await heldout_figures(Scorer(1.0), units, sft.CONFIG(), pad_id=0)
     assert figures["heldout_loss"] == pytest.approx((70 * 6 + 5 * 6) / (70 * 2 + 5))
+
+
+async def test_the_loss_has_the_interval_of_its_units():
+    """Tokens 3 | 1 3 | 2 as losses of three rows: mean 9 / 4. What is left of the row sums 3, 4, 2 after
+    9 / 4 a token is 3/4, -1/2, -1/4: squares sum to 7/8, x 3/2, the root over 4 tokens: sqrt(21 / 16) / 4."""
+    units = [Unit(rows=(row(1, 3),)), Unit(rows=(row(1, 1, 3),)), Unit(rows=(row(1, 2),))]
+    figures = await heldout_figures(Scorer(1.0), units, sft.CONFIG(), pad_id=0)
+    half = 1.959963984540054 * math.sqrt(21 / 16) / 4
+    assert figures["heldout_loss_low"] == pytest.approx(9 / 4 - half)
+    assert figures["heldout_loss_high"] == pytest.approx(9 / 4 + half)
+
+
+async def test_the_loss_of_pairs_has_the_interval_of_pairs():
+    """Two pairs of margins 1 and 3 under SimPO's loss log(1 + exp(-margin)): half their difference is the
+    standard error of their mean."""
+    units = [Unit(rows=(row(1, 2), row(1, 3))), Unit(rows=(row(1, 2), row(1, 5)))]
+    figures = await heldout_figures(Scorer(1.0), units, simpo.CONFIG(beta=1, gamma=0), pad_id=0)
+    a, b = (math.log(1 + math.exp(-margin)) for margin in (1, 3))
+    assert figures["heldout_loss_high"] == pytest.approx((a + b) / 2 + 1.959963984540054 * (a - b) / 2)
 
 
 async def test_heldout_figures_of_dpo_read_the_reference():

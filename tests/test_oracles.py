@@ -213,11 +213,13 @@ AROUND = [
 ]
 
 
-def configured():
+def configured(*, alone=False):
+    """``alone``: only those whose loss reads one response at a time; the others have a file of their own."""
     return [
         pytest.param(name, settings, id=f"{name}-{i}")
         for name in plugins.names(PACKAGE)
         for i, settings in enumerate(CONFIGS.get(name, [{}]))
+        if not (alone and plugins.find(PACKAGE, name).CONFIG.steps_on_groups)
     ]
 
 
@@ -239,7 +241,7 @@ def test_advantages_of_every_algorithm(dtype, name, settings):
 
 
 @both_types
-@pytest.mark.parametrize(("name", "settings"), configured())
+@pytest.mark.parametrize(("name", "settings"), configured(alone=True))
 def test_loss_of_every_algorithm(dtype, name, settings):
     rng = np.random.default_rng(2)
     for extra in AROUND:
@@ -276,7 +278,7 @@ def difference(loss, point, step=1e-5):
     return slopes
 
 
-@pytest.mark.parametrize(("name", "settings"), configured())
+@pytest.mark.parametrize(("name", "settings"), configured(alone=True))
 def test_gradient_of_every_loss(name, settings):
     rng = np.random.default_rng(3)
     for extra in AROUND:

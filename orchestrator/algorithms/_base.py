@@ -43,6 +43,9 @@ class AlgorithmConfig(Settings):
     has_critic: ClassVar[bool] = False
     compares_siblings: ClassVar[bool] = False  # True: one sample per prompt gives no signal
     greedy_baseline: ClassVar[bool] = False  # True: a greedy response is drawn per prompt
+    steps_on_groups: ClassVar[bool] = (
+        False  # True: one loss reads several rows of a prompt (Experience.groups)
+    )
     aggregate: ClassVar[Aggregate] = "token_mean"  # the paper's; rl.updates.aggregate overrides it
 
     kl_coef: NonNegativeFloat = 0.0

@@ -173,6 +173,12 @@ def _check_evaluate(run: Run, evaluate: Evaluate) -> None:
 
 def _check_rl(run: Run, rl: RL) -> None:
     batch = rl.prompts_per_step * rl.samples_per_prompt
+    if rl.algorithm.steps_on_groups and rl.prompts_per_step % rl.updates.minibatches:
+        raise ValueError(
+            f"rl.updates.minibatches={rl.updates.minibatches} does not divide rl.prompts_per_step="
+            f"{rl.prompts_per_step}, and {rl.algorithm.name} keeps the samples of a prompt together; pick a "
+            f"divisor of {rl.prompts_per_step}"
+        )
     if batch % rl.updates.minibatches:
         raise ValueError(
             f"rl.updates.minibatches={rl.updates.minibatches} does not divide rl.prompts_per_step="

@@ -149,16 +149,28 @@ def _read_label(encoder: Encoder, row: dict[str, Any], data: ChatData, max_lengt
 
 
 def _with_mismatches(units: Sequence[Unit], max_length: int, field: str) -> list[Unit]:
-    """Each prompt with the next row's response (arXiv:2402.01306 section 4.1), cut at ``max_length``."""
-    if len(units) < 2:
+    """Each prompt with the response to the next other prompt, cut at ``max_length``.
+
+    The paper shifts responses within a micro-batch (arXiv:2402.01306 section 4.1); shifted over the whole set
+    they are as unrelated, and the same in every epoch. Rows of one prompt often stand together (a pair taken
+    apart), and a response to the same prompt would be no mismatch.
+    """
+    examples = [unit.rows[0] for unit in units]
+    prompts = [tokens[: mask.index(True)] for tokens, mask in examples]
+    if len(set(prompts)) < 2:
         raise ValueError(
-            f"{field} has {len(units)} row; kto estimates a KL from mismatched rows: give it 2 or more"
+            f"{field} has {len(set(prompts))} prompt; kto estimates a KL from responses to other prompts: "
+            "give it rows of 2 or more prompts"
         )
+    n = len(units)
+    other = [0] * n
+    for place in reversed(range(2 * n)):  # twice around: the first round does not know what is after the end
+        here, after = place % n, (place + 1) % n
+        other[here] = after if prompts[here] != prompts[after] else other[after]
     found = []
-    for unit, other in zip(units, [*units[1:], units[0]], strict=True):
-        (tokens, mask), (others, answers) = unit.rows[0], other.rows[0]
-        prompt = tokens[: mask.index(True)]
-        both = (prompt + others[answers.index(True) :])[:max_length]
+    for unit, prompt, index in zip(units, prompts, other, strict=True):
+        tokens, mask = examples[index]
+        both = (prompt + tokens[mask.index(True) :])[:max_length]
         action_mask = (False,) * len(prompt) + (True,) * (len(both) - len(prompt))
         found.append(replace(unit, mismatched=(both, action_mask)))
     return found

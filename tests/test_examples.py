@@ -91,6 +91,16 @@ def test_rankings_ratings_labels_and_margins_carry_their_numbers(tmp_path):
     assert second.mismatched == ((*ids("qa"), EOS), (False, True, True))
 
 
+def test_a_mismatched_response_is_of_another_prompt(tmp_path):
+    """Rows of one prompt side by side, as a pair taken apart leaves them."""
+    rows = [{"prompt": p, "response": r, "label": 1} for p, r in ("pa", "pb", "qc", "rd", "re", "pf")]
+    found = read(jsonl(tmp_path, *rows), "labels")
+    texts = ["pc", "pc", "qd", "rf", "rf", "pc"]
+    assert [unit.mismatched[0] for unit in found] == [(*ids(text), EOS) for text in texts]
+    with pytest.raises(ValueError, match="has 1 prompt; kto estimates a KL from responses to other prompts"):
+        read(jsonl(tmp_path, *rows[:2], name="one.jsonl"), "labels")
+
+
 @pytest.mark.parametrize(
     ("layout", "settings", "row", "reason"),
     [
@@ -110,7 +120,7 @@ def test_a_bad_row_is_named_or_left_out(tmp_path, layout, settings, row, reason)
         "prompt": "p", "response": "a", "rejected": "b", "responses": ["a", "b"], "rating": 1, "label": 1,
         "m": CHAT,
     }  # fmt: skip
-    path = jsonl(tmp_path, good, row, {**good, "response": "c"})
+    path = jsonl(tmp_path, good, row, {**good, "prompt": "q", "response": "c"})
     with pytest.raises(ValueError, match=rf"x\.path=(.|\n)*row 1: .*({reason})"):
         read(path, layout, **settings)
     assert len(read(path, layout, max_bad_rows=1, **settings)) == 2

@@ -1,0 +1,179 @@
+"""Tokens per second of SFT and DPO against TRL's trainers: same CPU, model, rows, batch and longest row.
+
+    python benchmarks/versus_trl_stages.py --stage sft --trl-python PATH --data alpaca_en_demo.json
+    python benchmarks/versus_trl_stages.py --stage dpo --trl-python PATH --data dpo_en_demo.json
+    python benchmarks/versus_trl_stages.py --stage sft ... --only quartet trl_grouped     # some of the modes
+
+Each call adds ``--runs`` runs of every mode, alternating, to benchmarks/results/versus_trl_stages_cpu.json:
+it can be measured in pieces. SmolLM2-135M in float32, sdpa attention, two threads, full training with
+AdamW. The rows have their real lengths: whole Alpaca rows of at most ``MAX_LENGTH`` tokens; of dpo_en_demo
+the answers are cut after some words. Both sides get the same texts, chat template applied, and count the same
+tokens, padding left out. The first step of a run does not count. TRL runs with each of its own remedies for
+padding (``benchmarks/trl_stage.py``); the ratio is that of the best modes on either side, by medians.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.stages import cut  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "versus_trl_stages_cpu.json"
+MAX_LENGTH, SEED, LEARNING_RATE = 256, 0, 1e-5
+BATCH = {"sft": 16, "dpo": 8}
+STEPS = {"sft": 7, "dpo": 6}
+WARM_UP = 1
+PROMPT_WORDS, RESPONSE_WORDS = 60, 80  # of dpo_en_demo
+
+MODES = {
+    "sft": {
+        "quartet": (),
+        "quartet_packed": ("sft.packing=true",),
+        "trl": ("--micro", "16"),
+        "trl_small_micro": ("--micro", "4"),
+        "trl_grouped": ("--micro", "4", "--group-by-length"),
+        "trl_packed": ("--micro", "1", "--packing"),
+    },
+    "dpo": {
+        "quartet": (),
+        "quartet_precomputed": ("preference.precompute_reference=true",),
+        "trl": ("--micro", "8"),
+        "trl_small_micro": ("--micro", "2"),
+        "trl_precomputed": ("--micro", "2", "--precompute"),
+    },
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", choices=MODES, required=True)
+    parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="models/smollm2")
+    parser.add_argument("--only", nargs="+", help="modes to run")
+    parser.add_argument("--runs", type=int, default=1)
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = results.setdefault(arguments.stage, {"runs": {}})
+    with tempfile.TemporaryDirectory() as folder:
+        rows = write_rows(arguments, Path(folder))
+        for _ in range(arguments.runs):
+            for mode in arguments.only or MODES[arguments.stage]:
+                side = quartet if mode.startswith("quartet") else trl
+                run = side(arguments, Path(folder), rows, MODES[arguments.stage][mode])
+                found["runs"].setdefault(mode, []).append(run)
+                print(mode, json.dumps(run), flush=True)
+                results[arguments.stage] = summary(arguments.stage, found["runs"])
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def write_rows(arguments, folder):
+    """Prompts with the chat template around them, so that both sides tokenise the same texts."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    rows = []
+    for row in json.loads(arguments.data.read_text()):
+        if arguments.stage == "sft":
+            prompt, answers = f"{row['instruction']}\n{row['input']}".strip(), {"response": row["output"]}
+        else:
+            prompt = cut(row["conversations"][-1]["value"], PROMPT_WORDS)
+            answers = {
+                name: cut(row[key]["value"], RESPONSE_WORDS)
+                for name, key in (("response", "chosen"), ("rejected", "rejected"))
+            }
+        asked = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        lengths = [len(tokenizer(asked + text)["input_ids"]) + 1 for text in answers.values()]
+        if max(lengths) <= MAX_LENGTH and len(set(answers.values())) == len(answers):
+            rows.append({"prompt": asked, **answers})
+    random.Random(SEED).shuffle(rows)
+    wanted = BATCH[arguments.stage] * STEPS[arguments.stage]
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:wanted]))
+    return file
+
+
+def quartet(arguments, folder, rows, settings):
+    """One run of the command from this checkout."""
+    stage = "sft" if arguments.stage == "sft" else "preference"
+    run = folder / "run.yaml"
+    run.write_text("name: versus-trl\n")
+    command = [
+        sys.executable, "-m", "launch.cli", "train", str(run), f"run_dir={folder / 'quartet'}", "--fresh",
+        f"model.path={Path(arguments.model).absolute()}", "model.dtype=float32",
+        f"model.max_length={MAX_LENGTH}", f"{stage}.data.path={rows}", f"{stage}.heldout_fraction=0",
+        f"{stage}.batch_size={BATCH[arguments.stage]}", f"{stage}.optimizer.learning_rate={LEARNING_RATE}",
+        "roles.actor.threads=2", "roles.reference.threads=2", "roles.actor.cpus_per_worker=0.5",
+        "roles.reference.cpus_per_worker=0.5", "roles.actor.micro_batch_tokens=1024", *settings,
+    ]  # fmt: skip
+    if any("packing" in setting for setting in settings):  # counted in sequences of MAX_LENGTH
+        command += ["sft.batch_size=6"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+    lines = [json.loads(line) for line in (folder / "quartet" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step_s" in line]
+    seconds = [line["step_s"] for line in steps]
+    return figures(seconds, [line["tokens_per_s"] * line["step_s"] for line in steps])
+
+
+def trl(arguments, folder, rows, settings):
+    command = [
+        arguments.trl_python, str(ROOT / "benchmarks" / "trl_stage.py"), "--stage", arguments.stage,
+        "--model", str(Path(arguments.model).absolute()), "--rows", str(rows),
+        "--batch", str(BATCH[arguments.stage]), "--steps", str(STEPS[arguments.stage]),
+        "--max-length", str(MAX_LENGTH), "--learning-rate", str(LEARNING_RATE), "--threads", "2",
+        "--out", str(folder / "trl"), *settings,
+    ]  # fmt: skip
+    if "--packing" in settings:
+        command[command.index("--batch") + 1] = "6"
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures(found["seconds"], found["tokens"])
+
+
+def figures(seconds, tokens):
+    """Without the steps that warm up."""
+    seconds, tokens = seconds[WARM_UP:], tokens[WARM_UP:]
+    return {
+        "tokens_per_s": round(sum(tokens) / sum(seconds), 2), "tokens": round(sum(tokens)),
+        "seconds": [round(each, 3) for each in seconds],
+    }  # fmt: skip
+
+
+def summary(stage, runs):
+    rates = {mode: statistics.median(run["tokens_per_s"] for run in each) for mode, each in runs.items()}
+    best = {
+        side: max((mode for mode in rates if mode.startswith(side)), key=rates.get, default=None)
+        for side in ("quartet", "trl")
+    }
+    report = {
+        "batch": BATCH[stage], "max_length": MAX_LENGTH, "tokens_per_s_median": rates,
+        "tokens_per_s_range": {
+            mode: [f(run["tokens_per_s"] for run in each) for f in (min, max)] for mode, each in runs.items()
+        },
+        "best": best, "runs": runs,
+    }  # fmt: skip
+    if all(best.values()):
+        report["speedup"] = round(rates[best["quartet"]] / rates[best["trl"]], 3)
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""A reward model of ours in vLLM: the folder that ``export`` writes loads there and scores as it did here."""
+
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from actors.engine_params import environment
+from actors.reward import Judge, RewardLearner
+from orchestrator.batch import Examples, Minibatch
+from orchestrator.config import EngineConfig, Model, Optimizer
+from orchestrator.objectives.bradley_terry import BradleyTerry
+from tests.models import tiny_model
+from tests.test_workers import ready
+
+LENGTHS = [7, 5, 12, 3]
+
+
+def rows() -> Examples:
+    tokens = torch.randint(3, 250, (4, 12), generator=torch.Generator().manual_seed(0))
+    attended = torch.arange(12) < torch.tensor(LENGTHS)[:, None]
+    return Examples(tokens=tokens * attended, attention_mask=attended, action_mask=attended)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """After three steps, so that its head and its backbone are not what they started from."""
+    folder = tmp_path_factory.mktemp("reward")
+    model = Model(path=tiny_model(folder / "base", tied=True), dtype="float32")
+    objective = BradleyTerry()
+    optimizer = Optimizer(learning_rate=1e-2)
+    learner = ready(RewardLearner(model=model, optimizer=optimizer, total_steps=3, loss=objective.loss))
+    weights = objective.weights(rows())
+    for _ in range(3):
+        learner.update(Minibatch(records=rows(), rows=torch.arange(4), weights=weights), [[0, 1], [2, 3]])
+    learner.keep_statistics(0.5, 2.0)
+    learner.export(folder / "model")
+    return str(folder / "model")
+
+
+@pytest.mark.e2e
+def test_vllm_scores_as_transformers_and_the_judge_do(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment(EngineConfig(), "cpu").items():
+        monkeypatch.setitem(os.environ, name, value)
+    from vllm import LLM, PoolingParams, TokensPrompt
+
+    sequences = [row[:length].tolist() for row, length in zip(rows().tokens, LENGTHS, strict=True)]
+    whole = AutoModelForSequenceClassification.from_pretrained(trained, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = [float(whole(torch.tensor([tokens])).logits[0, 0]) for tokens in sequences]
+    assert max(expected) - min(expected) > 0.1
+    judge = ready(Judge(model=Model(path=trained, dtype="float32"), functions={}, micro_batch_tokens=64))
+    assert judge.score(sequences) == pytest.approx(expected, abs=1e-4)
+    engine = LLM(
+        model=trained, runner="pooling", dtype="float32", max_model_len=64, enforce_eager=True,
+        kv_cache_memory_bytes=2**25,
+    )  # fmt: skip
+    answers = engine.encode(
+        [TokensPrompt(prompt_token_ids=tokens) for tokens in sequences],
+        pooling_params=PoolingParams(use_activation=False), pooling_task="classify", use_tqdm=False,
+    )  # fmt: skip
+    assert [float(answer.outputs.data) for answer in answers] == pytest.approx(expected, abs=1e-3)

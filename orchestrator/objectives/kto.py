@@ -8,7 +8,7 @@
 z estimates the KL of the policy from the reference, the point of reference of gains and losses; no gradient
 flows through it (section 4.1). It is taken once over the whole minibatch and travels in ``Examples.kl``, so
 micro-batches and ranks do not change it. The mismatched pairs are a fixed shift of the data set, so that
-the reference can answer for them once and for all.
+the reference can answer for them once and for all; each is of another prompt.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@
 hh_rlhf_harmless_base_test.jsonl.gz. Each run is ``quartet train smollm2`` with one stage, from the same base
 model. Two cores have no time for whole rows: texts of the two preference files are cut after some words (the
 table says how many), of the other two whole short rows are taken. Rows are shuffled by the seed, the last
-ones held out; "before" are the same held-out rows after one step at learning rate 0, and where the reference
-is the policy itself, what the formula says. Figures are written after every run, so that a cut costs one.
+ones held out. Figures are written after every run, so that a cut costs one.
 """
 
 import argparse
@@ -44,8 +43,6 @@ class Trial:
     settings: tuple[str, ...] = ()
     learning_rate: float = 5e-6
     batch_size: int = 8
-    before: Row | None = None
-    """Held-out figures before training where they need no run: the policy is still the reference."""
 
 
 def alpaca(folder: Path) -> Iterator[Row]:
@@ -88,7 +85,7 @@ def cut(text: str, words: int) -> str:
     return text[:end]
 
 
-PREFERENCE = {"stage": "preference", "rows": pairs, "train": 64, "heldout": 80, "learning_rate": 1e-5}
+PREFERENCE = {"stage": "preference", "rows": pairs, "train": 64, "heldout": 64, "learning_rate": 1e-5}
 TRIALS = {
     "sft alpaca": Trial(stage="sft", rows=alpaca, train=200, heldout=160, learning_rate=2e-5),
     "reward model dpo_en_demo": Trial(
@@ -98,14 +95,13 @@ TRIALS = {
         stage="reward_model", rows=dialogues, train=120, heldout=120, learning_rate=2e-5,
         settings=("reward_model.data.prompt_key=''",),
     ),
-    "dpo": Trial(**PREFERENCE, before={"loss": 0.6931, "accuracy": 0.5}),  # log 2
-    "ipo": Trial(**PREFERENCE, before={"loss": 25.0, "accuracy": 0.5}),  # (1 / (2 x 0.1))^2
+    "dpo": Trial(**PREFERENCE),
+    "ipo": Trial(**PREFERENCE),
     "cpo": Trial(**PREFERENCE),
     "orpo": Trial(**PREFERENCE),
     "simpo": Trial(**PREFERENCE),
     "kto": Trial(
-        stage="preference", rows=labels, train=120, heldout=100, batch_size=8, learning_rate=1e-5,
-        before={"loss": 0.5},
+        stage="preference", rows=labels, train=96, heldout=80, learning_rate=1e-5
     ),
 }  # fmt: skip
 
@@ -144,26 +140,23 @@ def measure(name: str, trial: Trial, arguments: argparse.Namespace) -> dict[str,
         f"model.path={Path(arguments.model).absolute()}", "rl=null", *trial.settings,
     )  # fmt: skip
     if trial.stage == "preference":
-        common += (f"preference.objective.name={name}",)
+        common += (f"preference.objective.name={name}", "preference.precompute_reference=true")
     if trial.stage != "reward_model":
         common = ("reward_model=null", *common)
     else:
         common += ("reward_model.data.rejected_key=rejected",)
-    rate = f"{trial.stage}.optimizer.learning_rate"
-    before = trial.before
-    if before is None:
-        before = heldout(quartet(folder / "before", *common, f"{rate}=0", f"{trial.stage}.epochs=0.001"))
     started = time.monotonic()
-    after = quartet(folder / "after", *common, f"{rate}={trial.learning_rate}")
+    lines = quartet(folder / "run", *common, f"{trial.stage}.optimizer.learning_rate={trial.learning_rate}")
     seconds = time.monotonic() - started
-    steps = [line for line in after if "step_s" in line]
+    steps = [line for line in lines if "step_s" in line]
+    before, after = (heldout(line) for line in lines if "heldout_loss" in line)
     return {
         "stage": trial.stage, "rows_train": trial.train, "rows_heldout": trial.heldout,
         "batch_size": trial.batch_size, "learning_rate": trial.learning_rate, "seed": SEED,
         "steps": len(steps), "tokens": round(sum(line["tokens_per_s"] * line["step_s"] for line in steps)),
         "seconds_training": round(sum(line["step_s"] for line in steps), 1),
         "seconds_with_start_and_heldout": round(seconds, 1),
-        "before": before, "after": heldout(after),
+        "before": before, "after": after,
     }  # fmt: skip
 
 
@@ -191,12 +184,11 @@ def quartet(folder: Path, *settings: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def heldout(lines: list[dict[str, Any]]) -> dict[str, float]:
+def heldout(line: dict[str, Any]) -> dict[str, float]:
     """Without the prefix."""
-    figures = next(line for line in reversed(lines) if "heldout_loss" in line)
     return {
         name.removeprefix("heldout_"): round(figure, 4)
-        for name, figure in figures.items() if name.startswith("heldout_")
+        for name, figure in line.items() if name.startswith("heldout_")
     }  # fmt: skip
 
 
@@ -230,8 +222,6 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def interval(figures: dict[str, float], name: str) -> str:
     if name not in figures:
         return ""
-    if f"{name}_low" not in figures:
-        return f"{figures[name]:.3f}"
     return f"{figures[name]:.3f} ({figures[f'{name}_low']:.3f} to {figures[f'{name}_high']:.3f})"
 
 

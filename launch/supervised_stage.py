@@ -95,8 +95,9 @@ async def run_preference(session: Session, base: str) -> StageResult:
         if live:
             train = heldout = LiveReference(await crew.reference(model))
         await _fit(
-            session, learner, rows, objective, batch_size=stage.batch_size, steps=steps, reference=train
-        )
+            session, learner, rows, objective, batch_size=stage.batch_size, steps=steps, reference=train,
+            heldout=heldout,
+        )  # fmt: skip
         figures = await _measure(session, learner, rows, objective, steps, reference=heldout)
         return {"model": await _export(session, learner, "preference"), **figures}
     finally:
@@ -130,12 +131,17 @@ async def _fit(  # noqa: PLR0913 - a stage, by name
     steps: int,
     packed: bool = False,
     reference: ReferenceScores | None = None,
+    heldout: ReferenceScores | None = None,
 ) -> None:
+    """``reference``, ``heldout``: what the reference says of training and of held-out rows."""
     journal = Journal(session, objective.stage, learner, steps=steps)
+    start = await journal.restore()
+    if start == 0:
+        await _measure(session, learner, rows, objective, start, packed=packed, reference=heldout)
     await fit(
         learner, rows.train, objective=objective, reference=reference, packed=packed, batch_size=batch_size,
         steps=steps, seed=session.run.seed, pad_id=session.materials.pad_id,
-        log=_logger(session, objective.stage, steps), start=await journal.restore(), stepped=journal.stepped,
+        log=_logger(session, objective.stage, steps), start=start, stepped=journal.stepped,
     )  # fmt: skip
 
 
@@ -182,7 +188,8 @@ async def _measure(  # noqa: PLR0913 - a stage, by name
         learner, rows.heldout, objective, pad_id=session.materials.pad_id, packed=packed, reference=reference
     )
     shown = "  ".join(f"{name.removeprefix('heldout_')} {figure:.3f}" for name, figure in figures.items())
-    session.progress.note(f"{objective.stage}, {len(rows.heldout)} held-out rows: {shown}")
+    when = "before" if steps == 0 else "after"
+    session.progress.note(f"{objective.stage} {when}, {len(rows.heldout)} held-out rows: {shown}")
     session.tracker.log(objective.stage, steps, figures)
     return figures
 

@@ -100,6 +100,8 @@ def test_a_failed_stage_is_where_a_resume_goes_on(here):
     assert stages["reward_model"]["heldout_accuracy"] > 0.5
     assert logged(folder, "preference", "margin")[0] == pytest.approx(0.0, abs=1e-4)  # policy = reference
     assert logged(folder, "preference", "margin")[-1] > 0.5
+    before, after = logged(folder, "preference", "heldout_margin")
+    assert before == pytest.approx(0.0, abs=1e-4) and after > 0.5
     assert {"chosen_logprob", "rejected_logprob", "accuracy"} <= _names(folder, "preference")
     AutoModelForCausalLM.from_pretrained(stages["preference"]["model"])
     judge = AutoModelForSequenceClassification.from_pretrained(stages["reward_model"]["model"])

@@ -99,4 +99,5 @@ def test_a_reward_model_judges_one_checkpoint_against_another(here):  # noqa: F8
     for start in range(0, 12, 2):
         mine, other_ = ([s["reward"] for s in side[start : start + 2]] for side in (ours, theirs))
         wins += sum((a > b) + (a == b) / 2 for a in mine for b in other_) / 4
-    assert found["win_rate"] == pytest.approx(wins / 6) != 0.5
+    assert found["win_rate"] == pytest.approx(wins / 6)
+    assert len({sample["reward"] for sample in samples}) > 12  # a model's, and of other answers

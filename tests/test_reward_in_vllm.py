@@ -1,6 +1,8 @@
 """A reward model of ours in vLLM: the folder that ``export`` writes loads there and scores as it did here."""
 
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -39,12 +41,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "model")
 
 
-@pytest.mark.e2e
-def test_vllm_scores_as_transformers_and_the_judge_do(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in environment(EngineConfig(), "cpu").items():
-        monkeypatch.setitem(os.environ, name, value)
+def vllm_scores(model: str, sequences: list[list[int]]) -> list[float]:
+    """In a process of its own: vLLM would share this one's process group."""
+    os.environ |= environment(EngineConfig(), "cpu")
     from vllm import LLM, PoolingParams, TokensPrompt
 
+    engine = LLM(
+        model=model, runner="pooling", dtype="float32", max_model_len=64, enforce_eager=True,
+        kv_cache_memory_bytes=2**25,
+    )  # fmt: skip
+    answers = engine.encode(
+        [TokensPrompt(prompt_token_ids=tokens) for tokens in sequences],
+        pooling_params=PoolingParams(use_activation=False), pooling_task="classify", use_tqdm=False,
+    )  # fmt: skip
+    return [float(answer.outputs.data) for answer in answers]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_vllm_scores_as_transformers_and_the_judge_do(trained: str) -> None:
     sequences = [row[:length].tolist() for row, length in zip(rows().tokens, LENGTHS, strict=True)]
     whole = AutoModelForSequenceClassification.from_pretrained(trained, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -52,12 +67,6 @@ def test_vllm_scores_as_transformers_and_the_judge_do(trained: str, monkeypatch:
     assert max(expected) - min(expected) > 0.1
     judge = ready(Judge(model=Model(path=trained, dtype="float32"), functions={}, micro_batch_tokens=64))
     assert judge.score(sequences) == pytest.approx(expected, abs=1e-4)
-    engine = LLM(
-        model=trained, runner="pooling", dtype="float32", max_model_len=64, enforce_eager=True,
-        kv_cache_memory_bytes=2**25,
-    )  # fmt: skip
-    answers = engine.encode(
-        [TokensPrompt(prompt_token_ids=tokens) for tokens in sequences],
-        pooling_params=PoolingParams(use_activation=False), pooling_task="classify", use_tqdm=False,
-    )  # fmt: skip
-    assert [float(answer.outputs.data) for answer in answers] == pytest.approx(expected, abs=1e-3)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        answers = process.submit(vllm_scores, trained, sequences).result(timeout=200)
+    assert answers == pytest.approx(expected, abs=1e-3)

@@ -17,7 +17,7 @@ from orchestrator.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-Rule = Literal["none", "token", "sequence", "icepop", "sequence_mask"]
+Rule = Literal["none", "token", "token_both", "sequence", "icepop", "sequence_mask"]
 
 
 class Correction(Settings):
@@ -25,14 +25,14 @@ class Correction(Settings):
 
     rule: Rule = "none"
     """token: each token's weight, truncated (Yao et al. 2025, "Your efficient RL framework secretly brings
-    you off-policy RL training"). sequence: one weight per response, the geometric mean of its tokens',
-    truncated. icepop: tokens whose weight is outside the thresholds count nothing (arXiv:2510.18855).
-    sequence_mask: responses whose geometric mean is outside count nothing, the tokens of the others by their
-    own weight (OpenRLHF's seq-mask-tis)."""
+    you off-policy RL training"). token_both: truncated from below too (OpenRLHF's tis). sequence: one weight
+    per response, the geometric mean of its tokens', truncated. icepop: tokens whose weight is outside the
+    thresholds count nothing (arXiv:2510.18855). sequence_mask: responses whose geometric mean is outside
+    count nothing, the tokens of the others by their own weight (OpenRLHF's seq-mask-tis)."""
     low: NonNegativeFloat = 0.5
-    """icepop, sequence_mask: smallest weight that counts."""
+    """Smallest weight: token_both raises to it, icepop and sequence_mask drop what is below."""
     high: PositiveFloat = 2.0
-    """Largest weight: token and sequence are truncated to it, icepop and sequence_mask drop what is above."""
+    """Largest weight: icepop and sequence_mask drop what is above, the other rules truncate to it."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Correction:
@@ -55,6 +55,8 @@ def correction_weights(
     match correction.rule:
         case "token":
             shown, kept, cut = weight, weight.clamp(max=high), weight > high
+        case "token_both":
+            shown, kept, cut = weight, weight.clamp(low, high), (weight < low) | (weight > high)
         case "sequence":
             shown, kept, cut = whole, whole.clamp(max=high), whole > high
         case "icepop":

@@ -107,6 +107,7 @@ def correction(seq, rule, low, high):
     return {
         "none": lambda: [1.0] * len(weights),
         "token": lambda: [min(w, high) for w in weights],
+        "token_both": lambda: [max(low, min(w, high)) for w in weights],
         "sequence": lambda: [min(geometric, high)] * len(weights),
         "icepop": lambda: [w if low <= w <= high else 0.0 for w in weights],
         "sequence_mask": lambda: [w if low <= geometric <= high else 0.0 for w in weights],

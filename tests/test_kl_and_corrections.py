@@ -170,6 +170,7 @@ def test_the_only_update_of_a_batch_takes_its_own_logprobs_as_proximal():
     [
         ("token", [2.0, 2.0, 0.25], [0, 1, 0]),
         ("sequence", [(2 * 4 * 0.25) ** (1 / 3)] * 3, [0, 0, 0]),
+        ("token_both", [2.0, 2.0, 0.5], [0, 1, 1]),
         ("icepop", [2.0, 0.0, 0.0], [0, 1, 1]),
         ("sequence_mask", [2.0, 4.0, 0.25], [0, 0, 0]),
     ],

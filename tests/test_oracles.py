@@ -142,7 +142,7 @@ def test_running_statistics_are_those_of_all_rewards_so_far():
 
 
 @both_types
-@pytest.mark.parametrize("rule", ["token", "sequence", "icepop", "sequence_mask"])
+@pytest.mark.parametrize("rule", ["token", "token_both", "sequence", "icepop", "sequence_mask"])
 def test_corrections(dtype, rule):
     for case in cases(SHAPES, dtype):
         setting = Correction(rule=rule, low=0.7, high=1.4)

@@ -1,8 +1,8 @@
 """One SFT or DPO training with TRL on a CPU, in an environment of TRL's: ``versus_trl_stages.py`` starts it.
 
-Prints one line of JSON: seconds of every optimizer step, and the tokens in it without padding, as Quartet
-counts them. What TRL can do about padding on a CPU is a setting: ``--micro`` sequences (pairs) per backward
-pass, ``--group-by-length``, and ``--packing``.
+Prints one line of JSON: wall and CPU seconds of every optimizer step, and the tokens in it without padding,
+as Quartet counts them. What TRL can do about padding on a CPU is a setting: ``--micro`` sequences (pairs) per
+backward pass, ``--group-by-length``, and ``--packing``.
 """
 
 import argparse
@@ -44,7 +44,8 @@ def main():
     per_step = arguments.batch // arguments.micro
     tokens = [sum(seen[i : i + per_step]) for i in range(0, len(seen), per_step)]
     loss = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print(json.dumps({"seconds": clock.seconds, "tokens": tokens[: len(clock.seconds)], "loss": loss}))
+    found = {"seconds": clock.seconds, "cpu_seconds": clock.cpu_seconds, "loss": loss}
+    print(json.dumps({**found, "tokens": tokens[: len(clock.seconds)]}))
 
 
 def common(arguments):
@@ -91,17 +92,18 @@ def model(arguments):
 
 
 class Clock(TrainerCallback):
-    """Seconds of every optimizer step."""
+    """Seconds of every optimizer step, by the wall and by the processors."""
 
     def __init__(self):
-        self.seconds = []
+        self.seconds, self.cpu_seconds = [], []
 
     def on_train_begin(self, *_, **__):
-        self.last = time.perf_counter()
+        self.last = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_, **__):
-        now = time.perf_counter()
-        self.seconds.append(now - self.last)
+        now = time.perf_counter(), time.process_time()
+        self.seconds.append(now[0] - self.last[0])
+        self.cpu_seconds.append(now[1] - self.last[1])
         self.last = now
 
 

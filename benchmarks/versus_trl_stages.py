@@ -36,9 +36,9 @@ from benchmarks.stages import cut  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "versus_trl_stages_cpu.json"
 MAX_LENGTH, SEED, LEARNING_RATE = 256, 0, 1e-5
 BATCH = {"sft": 16, "dpo": 8}
-STEPS = {"sft": 5, "dpo": 5}
+STEPS = {"sft": 5, "dpo": 4}
 WARM_UP = 1
-PROMPT_WORDS, RESPONSE_WORDS = 60, 80  # of dpo_en_demo
+PROMPT_WORDS, RESPONSE_WORDS = 30, 50  # of dpo_en_demo
 
 MODES = {
     "sft": {

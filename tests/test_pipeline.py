@@ -65,7 +65,7 @@ def logged(folder: Path, stage: str, name: str) -> list[float]:
 
 
 def test_a_failed_stage_is_where_a_resume_goes_on(here):
-    """sft -> reward_model -> preference; the last one asks for devices that do not exist, then does not."""
+    """sft -> reward_model -> preference; a file is in the way of the last one's folder, then it is not."""
     optimizer = {"learning_rate": 5e-3}
     file = write(
         here, "chain",
@@ -84,12 +84,15 @@ def test_a_failed_stage_is_where_a_resume_goes_on(here):
             "batch_size": 6, "epochs": 3, "optimizer": optimizer,
         },
     )  # fmt: skip
-    result = quartet("train", file, "roles.reference.cpus_per_worker=1000")
-    assert result.returncode == 1, result.stdout + result.stderr
     folder = here / "chain"
+    folder.mkdir()
+    (folder / "preference").touch()
+    result = quartet("train", file)
+    assert result.returncode == 1, result.stdout + result.stderr
     stages = json.loads((folder / "stages.json").read_text())
     assert list(stages) == ["sft", "reward_model"]
     before = logged(folder, "sft", "loss")
+    (folder / "preference").unlink()
 
     result = quartet("train", file, "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -100,7 +103,7 @@ def test_a_failed_stage_is_where_a_resume_goes_on(here):
     assert stages["reward_model"]["heldout_accuracy"] > 0.5
     assert logged(folder, "preference", "margin")[0] == pytest.approx(0.0, abs=1e-4)  # policy = reference
     assert logged(folder, "preference", "margin")[-1] > 0.5
-    before, after = logged(folder, "preference", "heldout_margin")
+    *_, before, after = logged(folder, "preference", "heldout_margin")
     assert before == pytest.approx(0.0, abs=1e-4) and after > 0.5
     assert {"chosen_logprob", "rejected_logprob", "accuracy"} <= _names(folder, "preference")
     AutoModelForCausalLM.from_pretrained(stages["preference"]["model"])

@@ -85,12 +85,12 @@ def cut(text: str, words: int) -> str:
     return text[:end]
 
 
-PREFERENCE = {"stage": "preference", "rows": pairs, "train": 64, "heldout": 64, "learning_rate": 1e-5}
+PREFERENCE = {"stage": "preference", "rows": pairs, "train": 48, "heldout": 48, "learning_rate": 1e-5}
 UPPER = ("model.freeze=['*embed*', 'model.layers.?.*', 'model.layers.1?.*']",)  # 20 of 30 layers
 TRIALS = {
     "sft alpaca": Trial(stage="sft", rows=alpaca, train=200, heldout=160, learning_rate=2e-5),
     "reward model dpo_en_demo": Trial(
-        stage="reward_model", rows=pairs, train=200, heldout=80, learning_rate=5e-5, settings=UPPER
+        stage="reward_model", rows=pairs, train=128, heldout=64, learning_rate=5e-5, settings=UPPER
     ),
     "reward model hh-rlhf": Trial(
         stage="reward_model", rows=dialogues, train=240, heldout=120, learning_rate=5e-5,
@@ -224,6 +224,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def interval(figures: dict[str, float], name: str) -> str:
     if name not in figures:
         return ""
+    if f"{name}_low" not in figures:
+        return f"{figures[name]:.3f}"
     return f"{figures[name]:.3f} ({figures[f'{name}_low']:.3f} to {figures[f'{name}_high']:.3f})"
 
 

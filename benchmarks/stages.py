@@ -198,25 +198,24 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     rows = [
         "SmolLM2-135M-Instruct, float32, one stage each from the same weights, measured on rows that were",
         "not trained on; by `benchmarks/stages.py`. All weights are trained, of reward models the upper 10",
-        "layers and the head. In brackets 95 % intervals: Wilson's for",
-        f"accuracies, of a mean over rows for losses. Seed {SEED}. Whole rows: of alpaca those of at most",
+        "layers and the head. In brackets 95 % intervals: Wilson's for accuracies, of a mean over rows for",
+        f"losses. Seed {SEED}. Whole rows: of alpaca those of at most",
         f"{ALPACA_WORDS} words, of hh-rlhf of {DIALOGUE_WORDS}; dpo_en_demo (dpo to simpo) and kto_en_demo:",
-        f"prompts cut after {PROMPT_WORDS} words, responses after {RESPONSE_WORDS}. One thread, beside other",
-        "jobs.",
+        f"prompts cut after {PROMPT_WORDS} words, responses after {RESPONSE_WORDS}. One thread, beside",
+        "other jobs.",
         "",
-        "| run | rows, held out | steps | loss before | loss after | accuracy before | accuracy after | "
-        "margin after | tokens | seconds |",
-        "|---|---:|---:|---|---|---|---|---:|---:|---:|",
+        "| run | rows, held out | steps | loss before | loss after | change of the same rows | accuracy before "
+        "| accuracy after | tokens | seconds |",
+        "|---|---:|---:|---|---|---|---|---|---:|---:|",
     ]
     for name in [name for name in TRIALS if name in results]:
         found = results[name]
         before, after = found["before"], found["after"]
-        margin = f"{after['margin']:+.3f}" if "margin" in after else ""
         rows.append(
             f"| {name} | {found['rows_train']}, {found['rows_heldout']} | {found['steps']} "
-            f"| {interval(before, 'loss')} | {interval(after, 'loss')} | {interval(before, 'accuracy')} "
-            f"| {interval(after, 'accuracy')} | {margin} | {found['tokens']} "
-            f"| {found['seconds_training']:.0f} |"
+            f"| {interval(before, 'loss')} | {interval(after, 'loss')} | {interval(after, 'loss_change')} "
+            f"| {interval(before, 'accuracy')} | {interval(after, 'accuracy')} "
+            f"| {found['tokens']} | {found['seconds_training']:.0f} |"
         )
     return "\n".join(rows) + "\n"
 

@@ -22,7 +22,7 @@ from orchestrator.config import MODEL, Evaluate, Model, Run
 from orchestrator.data import read_prompts, same_tokenizer
 from orchestrator.evaluate import answers, judged, reward_figures, win_figures
 from orchestrator.examples import Unit, read_units
-from orchestrator.heldout import heldout_figures
+from orchestrator.heldout import measure
 from orchestrator.objectives import sft
 from orchestrator.roles import Sampling
 
@@ -125,7 +125,7 @@ async def _loss(exam: Exam, cluster: Cluster, path: str, units: list[Unit]) -> d
     crew = Crew(exam.run, cluster, ["reference"])
     try:
         scorer = await crew.reference(_model(exam, path))
-        return await heldout_figures(scorer, units, sft.CONFIG(), pad_id=exam.pad_id)
+        return (await measure(scorer, units, sft.CONFIG(), pad_id=exam.pad_id)).figures
     finally:
         await crew.close()
 

@@ -20,7 +20,7 @@ from orchestrator.collate import collate_examples
 from orchestrator.config import Adapter, Model, Preference
 from orchestrator.driver_state import DriverState
 from orchestrator.examples import Unit
-from orchestrator.heldout import heldout_figures
+from orchestrator.heldout import PREFIX, Heldout, measure
 from orchestrator.metrics import throughput
 from orchestrator.numbers import Patience, was_skipped
 from orchestrator.objectives import sft
@@ -50,10 +50,9 @@ async def run_sft(session: Session, base: str) -> StageResult:
         learner = await crew.policy(
             _trained(session, base, stage.adapter), stage.optimizer, steps=steps, loss=objective.loss
         )
-        await _fit(
+        figures = await _fit(
             session, learner, rows, objective, batch_size=stage.batch_size, steps=steps, packed=stage.packing
         )
-        figures = await _measure(session, learner, rows, objective, steps, packed=stage.packing)
         return {"model": await _export(session, learner, "sft"), **figures}
     finally:
         await crew.close()
@@ -70,8 +69,7 @@ async def run_reward_model(session: Session, base: str) -> StageResult:
         learner = await crew.reward_learner(
             _trained(session, base, stage.adapter), stage.optimizer, steps=steps, loss=objective.loss
         )
-        await _fit(session, learner, rows, objective, batch_size=stage.batch_size, steps=steps)
-        figures = await _measure(session, learner, rows, objective, steps)
+        figures = await _fit(session, learner, rows, objective, batch_size=stage.batch_size, steps=steps)
         await _keep_statistics(learner, rows.heldout or rows.train, session.materials.pad_id)
         return {"model": await _export(session, learner, "reward_model"), **figures}
     finally:
@@ -94,11 +92,10 @@ async def run_preference(session: Session, base: str) -> StageResult:
         train, heldout = known
         if live:
             train = heldout = LiveReference(await crew.reference(model))
-        await _fit(
+        figures = await _fit(
             session, learner, rows, objective, batch_size=stage.batch_size, steps=steps, reference=train,
             heldout=heldout,
         )  # fmt: skip
-        figures = await _measure(session, learner, rows, objective, steps, reference=heldout)
         return {"model": await _export(session, learner, "preference"), **figures}
     finally:
         await crew.close()
@@ -132,17 +129,30 @@ async def _fit(  # noqa: PLR0913 - a stage, by name
     packed: bool = False,
     reference: ReferenceScores | None = None,
     heldout: ReferenceScores | None = None,
-) -> None:
-    """``reference``, ``heldout``: what the reference says of training and of held-out rows."""
+) -> dict[str, float]:
+    """The held-out figures after the last step; those before the first are logged. ``reference``,
+    ``heldout``: what the reference says of training and of held-out rows."""
     journal = Journal(session, objective.stage, learner, steps=steps)
+
+    async def measured(step: int, before: Heldout | None) -> Heldout | None:
+        if not rows.heldout:
+            return None
+        pad_id = session.materials.pad_id
+        found = await measure(
+            learner, rows.heldout, objective, pad_id=pad_id, packed=packed, reference=heldout
+        )
+        _tell(session, objective.stage, step, found, before)
+        return found
+
     start = await journal.restore()
-    if start == 0:
-        await _measure(session, learner, rows, objective, start, packed=packed, reference=heldout)
+    before = await measured(0, None) if start == 0 else None
     await fit(
         learner, rows.train, objective=objective, reference=reference, packed=packed, batch_size=batch_size,
         steps=steps, seed=session.run.seed, pad_id=session.materials.pad_id,
         log=_logger(session, objective.stage, steps), start=start, stepped=journal.stepped,
     )  # fmt: skip
+    after = await measured(steps, before)
+    return {} if after is None else after.figures_since(before)
 
 
 class Journal:
@@ -171,27 +181,12 @@ class Journal:
         raise StoppedAfterCheckpoint(f"stopped after step {step}: {folder}; --resume goes on")
 
 
-async def _measure(  # noqa: PLR0913 - a stage, by name
-    session: Session,
-    learner: LearnerGroup,
-    rows: StageRows,
-    objective: Objective,
-    steps: int,
-    *,
-    packed: bool = False,
-    reference: ReferenceScores | None = None,
-) -> dict[str, float]:
-    """The held-out figures, logged; empty without held-out rows."""
-    if not rows.heldout:
-        return {}
-    figures = await heldout_figures(
-        learner, rows.heldout, objective, pad_id=session.materials.pad_id, packed=packed, reference=reference
-    )
-    shown = "  ".join(f"{name.removeprefix('heldout_')} {figure:.3f}" for name, figure in figures.items())
-    when = "before" if steps == 0 else "after"
-    session.progress.note(f"{objective.stage} {when}, {len(rows.heldout)} held-out rows: {shown}")
-    session.tracker.log(objective.stage, steps, figures)
-    return figures
+def _tell(session: Session, stage: str, step: int, found: Heldout, before: Heldout | None) -> None:
+    figures = found.figures_since(before)
+    shown = "  ".join(f"{name.removeprefix(PREFIX)} {figure:.3f}" for name, figure in figures.items())
+    when = "before" if step == 0 else "after"
+    session.progress.note(f"{stage} {when}, {len(found.losses)} held-out rows: {shown}")
+    session.tracker.log(stage, step, figures)
 
 
 async def _keep_statistics(learner: RewardLearnerGroup, units: Sequence[Unit], pad_id: int) -> None:

@@ -8,6 +8,7 @@ right in 80 %.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from orchestrator.supervised import SCORED_AT_ONCE, ReferenceScores, SupervisedS
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 BINS = 10
+PREFIX = "heldout_"
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:
@@ -56,7 +58,27 @@ def pair_figures(margins: Tensor) -> dict[str, float]:
     }
 
 
-async def heldout_figures(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heldout:
+    """What a model says of held-out rows."""
+
+    figures: dict[str, float]
+    losses: Tensor  # [units] float64: sum(losses) / sum(sizes) is the loss
+    sizes: Tensor  # [units] float64: 1, or for SFT the trained tokens
+
+    def figures_since(self, before: "Heldout | None") -> dict[str, float]:
+        """With how much the loss of the same units changed, and the interval of the mean of their
+        differences: narrower than those of the two losses where units differ more than models do."""
+        if before is None:
+            return self.figures
+        change = self.losses - before.losses
+        mean = float(change.sum() / self.sizes.sum())
+        half = Z95 * standard_error(change, self.sizes)
+        name = f"{PREFIX}loss_change"
+        return {**self.figures, name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
+
+
+async def measure(
     scorer: SupervisedScorer,
     units: Sequence[Unit],
     objective: Objective,
@@ -64,7 +86,7 @@ async def heldout_figures(
     pad_id: int,
     packed: bool = False,
     reference: ReferenceScores | None = None,
-) -> dict[str, float]:
+) -> Heldout:
     """Loss and metrics under the objective of the stage; of a reward model on pairs also how sure they are.
 
     Parts are pooled by their units, for SFT by their trained tokens, as one minibatch would weigh them.
@@ -92,7 +114,8 @@ async def heldout_figures(
         losses.append(size * of_units(weights * loss.values.double(), examples))
         sizes.append(size * of_units(weights, examples))
     figures = objective.summarize({name: figure / total for name, figure in sums.items()})
-    half = Z95 * standard_error(torch.cat(losses), torch.cat(sizes))
+    every, size_of = torch.cat(losses), torch.cat(sizes)
+    half = Z95 * standard_error(every, size_of)
     figures |= {"loss_low": figures["loss"] - half, "loss_high": figures["loss"] + half}
     if kls and objective.needs_kl:
         figures["kl"] = sum(kls) / len(kls)
@@ -102,7 +125,8 @@ async def heldout_figures(
     elif "accuracy" in figures:
         low, high = wilson(figures["accuracy"] * len(units), len(units))
         figures |= {"accuracy_low": low, "accuracy_high": high}
-    return {f"heldout_{name}": figure for name, figure in figures.items()}
+    named = {f"{PREFIX}{name}": figure for name, figure in figures.items()}
+    return Heldout(figures=named, losses=every, sizes=size_of)
 
 
 def of_units(rows: Tensor, examples: Examples) -> Tensor:

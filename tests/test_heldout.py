@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orchestrator.examples import Unit
-from orchestrator.heldout import calibration_error, heldout_figures, pair_figures, wilson
+from orchestrator.heldout import calibration_error, measure, pair_figures, wilson
 from orchestrator.objectives import bradley_terry, dpo, kto, sft, simpo
 from orchestrator.supervised import KnownReference, LiveReference, fit
 
@@ -46,7 +46,7 @@ def test_calibration_compares_sureness_with_being_right():
 
 async def test_heldout_loss_pools_tokens_and_not_parts():
     units = [Unit(rows=(row(1, 2, 4),))] * 70 + [Unit(rows=(row(1, 6),))] * 5  # two parts of 64 and 11
-    figures = await heldout_figures(Scorer(1.0), units, sft.CONFIG(), pad_id=0)
+    figures = (await measure(Scorer(1.0), units, sft.CONFIG(), pad_id=0)).figures
     assert figures["heldout_loss"] == pytest.approx((70 * 6 + 5 * 6) / (70 * 2 + 5))
 
 
@@ -54,7 +54,7 @@ async def test_the_loss_has_the_interval_of_its_units():
     """Tokens 3 | 1 3 | 2 as losses of three rows: mean 9 / 4. What is left of the row sums 3, 4, 2 after
     9 / 4 a token is 3/4, -1/2, -1/4: squares sum to 7/8, x 3/2, the root over 4 tokens: sqrt(21 / 16) / 4."""
     units = [Unit(rows=(row(1, 3),)), Unit(rows=(row(1, 1, 3),)), Unit(rows=(row(1, 2),))]
-    figures = await heldout_figures(Scorer(1.0), units, sft.CONFIG(), pad_id=0)
+    figures = (await measure(Scorer(1.0), units, sft.CONFIG(), pad_id=0)).figures
     half = 1.959963984540054 * math.sqrt(21 / 16) / 4
     assert figures["heldout_loss_low"] == pytest.approx(9 / 4 - half)
     assert figures["heldout_loss_high"] == pytest.approx(9 / 4 + half)
@@ -64,15 +64,28 @@ async def test_the_loss_of_pairs_has_the_interval_of_pairs():
     """Two pairs of margins 1 and 3 under SimPO's loss log(1 + exp(-margin)): half their difference is the
     standard error of their mean."""
     units = [Unit(rows=(row(1, 2), row(1, 3))), Unit(rows=(row(1, 2), row(1, 5)))]
-    figures = await heldout_figures(Scorer(1.0), units, simpo.CONFIG(beta=1, gamma=0), pad_id=0)
+    figures = (await measure(Scorer(1.0), units, simpo.CONFIG(beta=1, gamma=0), pad_id=0)).figures
     a, b = (math.log(1 + math.exp(-margin)) for margin in (1, 3))
     assert figures["heldout_loss_high"] == pytest.approx((a + b) / 2 + 1.959963984540054 * (a - b) / 2)
+
+
+async def test_the_change_of_a_loss_has_the_interval_of_differences():
+    """Losses a token of 3, 2 and 2 halve: row sums fall by 3/2, 2 and 1 over 1, 2 and 1 tokens, in the mean
+    by 9/8. What is left of the falls is 3/8, -1/4, -1/8: squares sum to 7/32, x 3/2, the root over 4."""
+    units = [Unit(rows=(row(1, 3),)), Unit(rows=(row(1, 1, 3),)), Unit(rows=(row(1, 2),))]
+    before, after = [await measure(Scorer(scale), units, sft.CONFIG(), pad_id=0) for scale in (1.0, 2.0)]
+    figures = after.figures_since(before)
+    assert figures["heldout_loss"] == pytest.approx(9 / 8)
+    assert figures["heldout_loss_change"] == pytest.approx(-9 / 8)
+    half = 1.959963984540054 * math.sqrt(21 / 64) / 4
+    assert figures["heldout_loss_change_high"] == pytest.approx(-9 / 8 + half)
+    assert "heldout_loss_change" not in after.figures_since(None)
 
 
 async def test_heldout_figures_of_dpo_read_the_reference():
     units = [Unit(rows=(row(1, 2), row(1, 4)))]
     policy, reference = Scorer(1.0), LiveReference(Scorer(2.0))
-    figures = await heldout_figures(policy, units, dpo.CONFIG(beta=1), pad_id=0, reference=reference)
+    figures = (await measure(policy, units, dpo.CONFIG(beta=1), pad_id=0, reference=reference)).figures
     # log-ratios -2 + 1 = -1 and -4 + 2 = -2: margin 1
     assert figures["heldout_margin"] == pytest.approx(1.0)
     assert figures["heldout_loss"] == pytest.approx(math.log(1 + math.exp(-1)))
@@ -84,9 +97,9 @@ async def test_a_reward_model_is_measured_on_its_scores():
         async def score(self, batch):
             return batch.tokens[:, 1].float()
 
-    figures = await heldout_figures(
-        Judge(1), [Unit(rows=(row(1, 5), row(1, 3)))], bradley_terry.CONFIG(), pad_id=0
-    )
+    figures = (
+        await measure(Judge(1), [Unit(rows=(row(1, 5), row(1, 3)))], bradley_terry.CONFIG(), pad_id=0)
+    ).figures
     assert figures["heldout_margin"] == 2.0 and figures["heldout_accuracy"] == 1.0
 
 

@@ -154,7 +154,7 @@ def measure(name: str, trial: Trial, arguments: argparse.Namespace) -> dict[str,
     return {
         "stage": trial.stage, "rows_train": trial.train, "rows_heldout": trial.heldout,
         "batch_size": trial.batch_size, "learning_rate": trial.learning_rate, "seed": SEED,
-        "steps": len(steps), "tokens": round(sum(line["tokens_per_s"] * line["step_s"] for line in steps)),
+        "settings": trial.settings, "steps": len(steps), "tokens": round(sum(line["tokens_per_s"] * line["step_s"] for line in steps)),
         "seconds_training": round(sum(line["step_s"] for line in steps), 1),
         "seconds_with_start_and_heldout": round(seconds, 1),
         "before": before, "after": after,
@@ -197,14 +197,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
     rows = [
         "SmolLM2-135M-Instruct, float32, one stage each from the same weights, measured on rows that were",
-        "not trained on; by `benchmarks/stages.py`. All weights are trained, of reward models the upper 10",
-        "layers and the head. In brackets 95 % intervals: Wilson's for accuracies, of a mean over rows for",
+        "not trained on; by `benchmarks/stages.py`. All weights are trained, or where it says so the upper 10",
+        "of 30 layers and the head. In brackets 95 % intervals: Wilson's for accuracies, of a mean over rows for",
         f"losses. Seed {SEED}. Whole rows: of alpaca those of at most",
         f"{ALPACA_WORDS} words, of hh-rlhf of {DIALOGUE_WORDS}; dpo_en_demo (dpo to simpo) and kto_en_demo:",
         f"prompts cut after {PROMPT_WORDS} words, responses after {RESPONSE_WORDS}. One thread, beside",
         "other jobs.",
         "",
-        "| run | rows, held out | steps | loss before | loss after | change of the same rows | accuracy before "
+        "| run | rows, held out | steps | loss before | loss after | change, row by row | accuracy before "
         "| accuracy after | tokens | seconds |",
         "|---|---:|---:|---|---|---|---|---|---:|---:|",
     ]
@@ -212,7 +212,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         found = results[name]
         before, after = found["before"], found["after"]
         rows.append(
-            f"| {name} | {found['rows_train']}, {found['rows_heldout']} | {found['steps']} "
+            f"| {name}{', upper layers' if UPPER[0] in found.get('settings', ()) else ''} "
+            f"| {found['rows_train']}, {found['rows_heldout']} | {found['steps']} "
             f"| {interval(before, 'loss')} | {interval(after, 'loss')} | {interval(after, 'loss_change')} "
             f"| {interval(before, 'accuracy')} | {interval(after, 'accuracy')} "
             f"| {found['tokens']} | {found['seconds_training']:.0f} |"

@@ -154,7 +154,8 @@ def measure(name: str, trial: Trial, arguments: argparse.Namespace) -> dict[str,
     return {
         "stage": trial.stage, "rows_train": trial.train, "rows_heldout": trial.heldout,
         "batch_size": trial.batch_size, "learning_rate": trial.learning_rate, "seed": SEED,
-        "settings": trial.settings, "steps": len(steps), "tokens": round(sum(line["tokens_per_s"] * line["step_s"] for line in steps)),
+        "settings": trial.settings, "steps": len(steps),
+        "tokens": round(sum(line["tokens_per_s"] * line["step_s"] for line in steps)),
         "seconds_training": round(sum(line["step_s"] for line in steps), 1),
         "seconds_with_start_and_heldout": round(seconds, 1),
         "before": before, "after": after,
@@ -197,9 +198,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown."""
     rows = [
         "SmolLM2-135M-Instruct, float32, one stage each from the same weights, measured on rows that were",
-        "not trained on; by `benchmarks/stages.py`. All weights are trained, or where it says so the upper 10",
-        "of 30 layers and the head. In brackets 95 % intervals: Wilson's for accuracies, of a mean over rows for",
-        f"losses. Seed {SEED}. Whole rows: of alpaca those of at most",
+        "not trained on; by `benchmarks/stages.py`. All weights are trained, or where it says so the upper",
+        "10 of 30 layers and the head. In brackets 95 % intervals: Wilson's for accuracies, of a mean over",
+        f"rows for losses. Seed {SEED}. Whole rows: of alpaca those of at most",
         f"{ALPACA_WORDS} words, of hh-rlhf of {DIALOGUE_WORDS}; dpo_en_demo (dpo to simpo) and kto_en_demo:",
         f"prompts cut after {PROMPT_WORDS} words, responses after {RESPONSE_WORDS}. One thread, beside",
         "other jobs.",

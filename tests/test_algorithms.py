@@ -171,6 +171,43 @@ def test_minibatches_cover_every_row_once_per_epoch_and_refuse_a_remainder():
         list(cut(experience, Updates(minibatches=3)))
 
 
+def test_a_minibatch_weighs_the_action_tokens_of_its_own_rows():
+    """BUGS A2: two tokens of prompt, then 4, 1, 3, 2 actions; each of two rows' actions weighs the same."""
+    actions = [4, 1, 3, 2]
+    batch = batch_of([1.0, 2.0, 3.0, 4.0], [0] * 4, [2 + n for n in actions])
+    experience, _ = plugins.find(PACKAGE, "grpo").CONFIG().experience(batch, {}, 0.0)
+    parts = list(cut(experience, Updates(epochs=3, minibatches=2)))
+    assert any(part.rows.tolist() != sorted(part.rows.tolist()) for part in parts)
+    for part in parts:
+        counts = [actions[row] for row in part.rows]
+        for weights, n in zip(part.weights.tolist(), counts, strict=True):
+            assert weights == pytest.approx([0, 0, *[1 / sum(counts)] * n, *[0] * (4 - n)])
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own():
+    batch = batch_of([float(i) for i in range(8)], [0] * 8, [6] * 8)
+    experience, _ = plugins.find(PACKAGE, "grpo").CONFIG().experience(batch, {}, 0.0)
+
+    def orders(seed):
+        updates = Updates(epochs=2, minibatches=4)
+        parts = list(minibatches(experience, updates, aggregate="token_mean", constant_length=1, seed=seed))
+        rows = [tuple(part.rows.tolist()) for part in parts]
+        return [rows[:4], rows[4:]]
+
+    assert orders(3) == orders(3)
+    epochs = orders(3) + orders(4)
+    assert all(epochs.count(epoch) == 1 for epoch in epochs)
+
+
+def test_an_exploded_ratio_keeps_its_size_and_its_gradient():
+    """BUGS B13: r = e^3 with advantage -1; a clamp of the log-ratio would leave the loss without a slope."""
+    part = experience_of([[-1.0]], [[-4.0]], [[T]])
+    logprobs = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    loss = surrogate(logprobs, part, low=0.2, high=0.2).values
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(math.exp(3)) and logprobs.grad.item() == pytest.approx(math.exp(3))
+
+
 def test_best_of_n_is_the_likelihood_of_the_best_response_by_hand():
     """Rewards 1 3 3 | 2 0, responses of 1 2 1 | 1 2 tokens: rows 1 and 2 share the first prompt, row 3 wins
     the second. Their mean log-probs are -0.3, -0.5 and -0.7, a row weighs 1/5 and they count 1.5, 1.5 and 2:

@@ -5,6 +5,7 @@ after one step show every gradient; float64 autograd of plain Transformers gives
 """
 
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -287,6 +288,17 @@ def test_a_state_that_is_not_finite_is_not_saved(folder: Path, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_the_generators_of_a_rank_go_on_where_they_were(folder: Path, tmp_path: Path) -> None:
+    """BUGS E5: torch's and Python's."""
+    worker = actor(alone(), folder, "float32", SCHEDULED)
+    worker.save(tmp_path)
+    drawn = torch.rand(3), random.random()
+    assert not torch.equal(drawn[0], torch.rand(3))
+    worker.load(tmp_path)
+    again = torch.rand(3), random.random()
+    assert torch.equal(drawn[0], again[0]) and drawn[1] == again[1]
+
+
 def test_a_folder_without_state_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no training state"):
         actor(alone(), folder, "float32", SCHEDULED).load(tmp_path)
@@ -396,6 +408,27 @@ def test_sharded_weights_export_whole(two_ranks: Ranks, folder: Path, tmp_path: 
     for name, tensor in reloaded.named_parameters():
         assert torch.equal(tensor, weights[name])
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+
+
+def clipped_step(place: Place, folder: Path, stage: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+    worker = actor(place, folder, "float32", PLAIN_STEP | {"zero_stage": stage, "max_grad_norm": 0.25})
+    plan = [[0, 2, 4, 1, 3, 5]] if place.world_size == 1 else [[[0, 2], [4]], [[1, 3], [5]]][place.rank]
+    return worker.update(minibatch(), plan), whole_weights(worker)
+
+
+@pytest.mark.parametrize("stage", [None, 0, 2])
+def test_gradients_are_scaled_down_to_the_largest_norm(
+    two_ranks: Ranks, folder: Path, stage: int | None
+) -> None:
+    """One rank, then two: a plain step is by minus the gradient, so a clipped one is so much shorter."""
+    _, norm, after = one_float64_step(folder)
+    before = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    answers = [clipped_step(alone(), folder, 0)] if stage is None else two_ranks(clipped_step, folder, stage)
+    for figures, weights in answers:
+        assert figures["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 0.5
+        for name, tensor in weights.items():
+            expected = before[name].detach() + (after[name] - before[name].detach()) * 0.25 / norm
+            torch.testing.assert_close(tensor, expected, atol=2e-5, rtol=1e-3)
 
 
 def test_learning_rate_schedules() -> None:

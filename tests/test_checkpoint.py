@@ -4,6 +4,7 @@ cut files, and which checkpoints stay."""
 import asyncio
 import errno
 import json
+import os
 import random
 import shutil
 
@@ -11,7 +12,7 @@ import pytest
 
 from orchestrator.checkpoint import MANIFEST, CheckpointError, Checkpoints, Retention, verify
 from orchestrator.driver_state import DriverState
-from orchestrator.durable import Disk
+from orchestrator.durable import Disk, replace_durably
 from orchestrator.shaping import RunningStats
 from tests.fakes import FakeLearner
 
@@ -195,6 +196,54 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_on_disk(tmp_path):
         ("tmp-00000002", ["step-00000001", "tmp-00000002"]),
         ("step-00000001", ["step-00000001", "step-00000002"]),
     ]
+
+
+def test_a_checkpoint_is_synced_before_and_after_it_has_its_name(tmp_path):
+    """BUGS E6: first every byte, then the name, then the folder that holds the name; only then is one
+    deleted."""
+
+    class Watching(Disk):
+        def sync(self, path):
+            super().sync(path)
+            seen.append(("sync", str(path.relative_to(tmp_path))))
+
+        def rename(self, source, target):
+            super().rename(source, target)
+            seen.append(("rename", source.name))
+
+    seen = []
+    checkpoints = Checkpoints(tmp_path, keep=Retention(last=1), disk=Watching())
+    save(checkpoints, FakeLearner(), 1)
+    seen.clear()
+    save(checkpoints, FakeLearner(), 2)
+    named = seen.index(("rename", "tmp-00000002"))
+    draft = ["tmp-00000002", *(f"tmp-00000002/{name}" for name in ("actor", "actor/state", MANIFEST))]
+    assert sorted(seen[:named]) == sorted(("sync", name) for name in draft)
+    assert seen[named + 1 :] == [("sync", "."), ("rename", "step-00000001")]
+
+
+def test_a_sync_reaches_the_operating_system(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("x")
+    Disk().sync_tree(tmp_path)
+    assert synced == [str(tmp_path / "a" / "file"), str(tmp_path / "a"), str(tmp_path)]
+
+
+def test_a_replaced_file_is_the_old_one_or_the_new_one(tmp_path):
+    """A second name of the old file still has the old text: nothing was written over it."""
+    file = tmp_path / "file"
+    file.write_text("old")
+    os.link(file, tmp_path / "second")
+    replace_durably(file, "new")
+    assert (file.read_text(), (tmp_path / "second").read_text()) == ("new", "old")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # damage

@@ -25,10 +25,16 @@ def test_seeds_differ_between_neighbours_runs_and_epochs():
     assert len(seeds) == 2 * 2 * 50 * 4 and all(0 <= seed < 2**63 for seed in seeds)
 
 
+def test_a_seed_is_the_same_number_in_every_process_and_release():
+    """``printf 3/0/2/1 | b2sum -l 64``, without its last bit."""
+    assert sample_seed(3, "0/2/1") == 0x6C72C2058258CCBC >> 1
+
+
 def test_an_epoch_holds_every_prompt_once_and_the_next_has_another_order():
     stream = Ledger([prompt(row) for row in range(20)], seed=0).prompts()
     first, second = ([next(stream).uid for _ in range(20)] for _ in range(2))
     assert sorted(first) == sorted(f"0/{row}" for row in range(20))
+    assert sorted(second) == sorted(f"1/{row}" for row in range(20))  # a uid is never given twice
     assert [uid[2:] for uid in second] != [uid[2:] for uid in first]
 
 

@@ -79,6 +79,16 @@ def test_a_run_resumes_from_its_newest_checkpoint_and_keeps_what_it_was_told(tmp
     assert names(tmp_path)[-1] == journal.newest.name == "step-00000007"
 
 
+def test_a_resumed_run_trains_the_prompts_it_would_have_trained(tmp_path):
+    """BUGS E1: 3 steps, then 2 of a new process, are 5 steps; a step settles 4 of 7 prompts."""
+    first, _ = go(tmp_path, settings(steps=3), fake_roles())
+    rest, _ = go(tmp_path, settings(steps=5), fake_roles())
+    order = Ledger([prompt(row) for row in range(7)], seed=3).prompts()
+    uids = [s.uid for journal in (first, rest) for s in journal.ledger.history]
+    assert uids == [next(order).uid for _ in range(5 * 4)]
+    assert [s.step for s in rest.ledger.history] == [4] * 4 + [5] * 4
+
+
 def test_a_damaged_checkpoint_is_passed_over_aloud_and_none_at_all_is_said_too(tmp_path):
     rl = settings(steps=3, save_every=1)
     go(tmp_path, rl, fake_roles())

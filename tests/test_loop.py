@@ -15,7 +15,7 @@ from orchestrator.loop import StaleRolloutError, train
 from orchestrator.publish import Probe, WeightSyncError
 from orchestrator.roles import Roles
 from orchestrator.shaping import RunningStats
-from tests.fakes import FakeEngine, FakeLearner, FakeReward, prompt
+from tests.fakes import FakeEngine, FakeLearner, FakeReward, prompt, rollout
 
 PROBE = Probe(tokens=(1, 2, 3), tolerance=1e-3)
 
@@ -87,6 +87,51 @@ def test_every_learner_takes_epochs_times_minibatches_steps_with_weights_that_su
     assert roles.actor.weights == pytest.approx([1.0] * 12)
 
 
+class Longer(FakeEngine):
+    """Sample k has k + 1 tokens."""
+
+    async def generate(self, p, num_samples, sampling):
+        drawn = await super().generate(p, num_samples, sampling)
+        return [rollout(p, k, version=r.versions[-1], response=(5,) * (k + 1)) for k, r in enumerate(drawn)]
+
+
+@pytest.mark.parametrize(
+    ("own", "weights"),
+    [(None, [1 / 8, 1 / 16, 1 / 16]), ("token_mean", [1 / 12] * 3), ("constant_length", [1 / 80] * 3)],
+)
+def test_weights_follow_the_algorithms_rule_unless_the_run_has_one(own, weights):
+    """GRPO's sequences weigh 1/8 each; tokens 1 / (4 x 3); by constant length 1 / (8 x 10)."""
+    seen = []
+
+    class Spy(FakeLearner):
+        async def update(self, minibatch):
+            seen.extend(minibatch.weights[minibatch.weights > 0].tolist())
+            return await super().update(minibatch)
+
+    rl = settings(
+        steps=1, algorithm={"name": "grpo", "kl_coef": 0}, sampling={"max_new_tokens": 10},
+        updates={"aggregate": own},
+    )  # fmt: skip
+    run(rl, fake_roles(engine=Longer(), critic=None, reference=None, actor=Spy()))
+    assert seen == pytest.approx(weights * 4)
+
+
+def test_every_step_shuffles_its_rows_anew():
+    orders = []
+
+    class Spy(FakeLearner):
+        async def update(self, minibatch):
+            orders.append(tuple(minibatch.rows.tolist()))
+            return await super().update(minibatch)
+
+    rl = settings(steps=6, updates={"minibatches": 2})
+    run(rl, fake_roles(actor=Spy()))
+    first, orders = orders, []
+    assert len(set(first[::2])) == 6
+    run(rl, fake_roles(actor=Spy()))
+    assert orders == first  # and a run of the same seed alike
+
+
 def test_grpo_runs_without_critic_and_reference():
     roles = fake_roles(critic=None, reference=None)
     _, recorder = run(settings(algorithm={"name": "grpo", "kl_coef": 0}), roles)
@@ -97,6 +142,38 @@ def test_grpo_runs_without_critic_and_reference():
 def test_a_mismatched_checksum_stops_the_run_and_names_the_tensor():
     with pytest.raises(WeightSyncError, match=r"engine 0 received 1 of 1 tensors with other bytes .* w$"):
         run(settings(), fake_roles(engine=FakeEngine(checksum=8)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 5}, "engine 0 serves weight version 5, actor rank 0 sent 0"),
+        ({"checksums": {}}, r"other tensors than actor rank 0 sent: missing \['w'\], extra \[\]"),
+        ({"checksums": {"w": 7, "v": 7}}, r"other tensors .* missing \[\], extra \['v'\]"),
+    ],
+)
+def test_a_receipt_that_is_not_the_actors_stops_the_run(change, said):
+    """BUGS D5, D8. The second of two engines, too."""
+
+    class Two(FakeEngine):
+        async def receive_weights(self, version):
+            (good,) = await super().receive_weights(version)
+            return [replace(good, who="engine 1"), replace(good, **change)]
+
+    with pytest.raises(WeightSyncError, match=said):
+        run(settings(), fake_roles(engine=Two()))
+
+
+@pytest.mark.parametrize(("logprob", "diff"), [(-3.5, r"2\.5"), (float("nan"), "nan")])
+def test_every_engine_is_probed(logprob, diff):
+    """BUGS D1: the second of two gives other log-probs, or none."""
+
+    class Two(FakeEngine):
+        async def logprobs(self, tokens):
+            return [*await super().logprobs(tokens), [logprob] * (len(tokens) - 1)]
+
+    with pytest.raises(WeightSyncError, match=rf"engine 1 gives the probe .* mean difference {diff} nats"):
+        run(settings(), fake_roles(engine=Two()))
 
 
 def test_an_engine_that_computes_with_other_weights_stops_the_run():
@@ -117,6 +194,23 @@ def test_a_rollout_of_an_older_version_than_allowed_never_enters_a_batch():
 
     with pytest.raises(StaleRolloutError, match=r"weight versions 0 to 0; rl\.staleness=1 allows 1 to 2"):
         run(settings(staleness=1), fake_roles(engine=Frozen()))
+
+
+@pytest.mark.parametrize(
+    ("ages", "said"),
+    [((1, 0), "weight versions -1 to 0"), ((0, -1), "weight versions 0 to 1"), ((0, 1), "versions -1 to 0")],
+)
+def test_one_token_of_other_weights_keeps_a_rollout_out_of_the_batch(ages, said):
+    """BUGS D5: one of the two tokens is older than allowed, or of weights that are not there yet."""
+
+    class Mixed(FakeEngine):
+        async def generate(self, p, num_samples, sampling):
+            drawn = await super().generate(p, num_samples, sampling)
+            versions = (0, 0, *(self.version - age for age in ages))
+            return [replace(each, versions=versions) for each in drawn]
+
+    with pytest.raises(StaleRolloutError, match=said):
+        run(settings(), fake_roles(engine=Mixed()))
 
 
 def test_a_failing_reward_ends_the_run_with_its_own_error():

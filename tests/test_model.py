@@ -224,6 +224,16 @@ def test_logits_scaled_after_the_head_are_honoured(
         PolicyModel.load(Model(path=str(tmp_path), dtype="float32"))
 
 
+def test_values_of_a_bfloat16_model_are_computed_in_float32() -> None:
+    """BUGS C7: near 100 bfloat16 knows only every half."""
+    torch.manual_seed(0)
+    plain, states = nn.Linear(256, 1).bfloat16(), (10 * torch.randn(5, 256)).bfloat16()
+    exact = states.double() @ plain.weight.double()[0] + plain.bias.double()
+    said = models.ScalarHead(plain)(states)
+    assert said.dtype == torch.float32
+    torch.testing.assert_close(said.double(), exact, atol=1e-4, rtol=0)
+
+
 def test_a_missing_head_starts_at_zero_or_from_the_seed(tmp_path: Path) -> None:
     base = source(tmp_path, tiny.llama(hidden=64))
     assert ValueModel.load(base).model.score.weight.abs().sum() == 0

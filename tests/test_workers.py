@@ -16,6 +16,7 @@ from actors.learner import Learner
 from actors.model import ScoreModel
 from actors.reference import Reference
 from actors.reward import Judge, RewardLearner
+from actors.training_state import NonFiniteStateError
 from actors.worker import Worker
 from orchestrator.batch import Batch, Examples, Experience, Loss, Minibatch, PolicyOutput
 from orchestrator.config import Model, Optimizer
@@ -166,6 +167,17 @@ def test_nan_off_the_mask_changes_nothing(model: Model) -> None:
         assert all(torch.equal(tensor, answers[1][1][name]) for name, tensor in answers[0][1].items())
 
 
+def test_micro_batches_are_positions_in_the_rows_of_the_minibatch(model: Model) -> None:
+    """Rows 2 and 0, of 3 and 4 actions, one after the other: what is trained is theirs."""
+    records = experience(torch.tensor([[4.0], [90.0], [2.0]]).expand(3, 6))
+    rows = torch.tensor([2, 0])
+    weights = records.action_mask[rows] / 7
+    part = Minibatch(records=records, rows=rows, weights=weights)
+    figures = make_actor(model).update(part, [[0], [1]])
+    assert figures["num_tokens"] == 7
+    assert figures["loss"] == pytest.approx(-(3 * 2 + 4 * 4) / 7, abs=1e-5)
+
+
 def test_metrics_are_means_when_weights_do_not_sum_to_one(model: Model) -> None:
     """Under constant_length the loss keeps its divisor; a ratio of 1 is still reported as 1."""
     actor = make_actor(model)
@@ -216,6 +228,15 @@ def test_weights_are_sent_under_their_hugging_face_names(model: Model) -> None:
     assert actor.backend.parameter_shapes() == [
         (name, tuple(p.shape)) for name, p in theirs.named_parameters()
     ]
+
+
+def test_a_weight_that_is_not_finite_is_not_sent(model: Model) -> None:
+    actor = make_actor(model)
+    actor.sender = Ledger()
+    with torch.no_grad():
+        list(actor.backend.engine.module.parameters())[-1].view(-1)[0] = math.inf
+    with pytest.raises(NonFiniteStateError, match="nothing is sent to the engines"):
+        actor.send_weights(1)
 
 
 def test_a_critic_learns_the_returns(model: Model) -> None:

@@ -100,12 +100,13 @@ def policy() -> dict[str, Tensor]:
     return {"embed": noise(300, 700), "norm": noise(7), "proj": noise(400, 500).T, "head": noise(1000, 220)}
 
 
-def receiver(address: Address, rank: int) -> tuple[int, dict[str, Tensor]]:
-    """What a vLLM worker does, without vLLM."""
+def receiver(address: Address, rank: int, *, late_s: float = 0.0) -> tuple[int, dict[str, Tensor]]:
+    """What a vLLM worker does, without vLLM; ``late_s``: how long it lets the first bucket wait."""
     store = connect(address.host, address.port, address.timeout_s)
     group = join(store, rank, address.world_size, address.timeout_s)
     dtype = getattr(torch, address.dtype)
     version = receive_version(group)
+    time.sleep(late_s)  # the sender has filled the next bucket by then
     return version, dict(receive(group, plan(address.tensors, dtype, address.bucket_bytes), dtype))
 
 
@@ -122,7 +123,9 @@ def test_every_receiver_gets_the_bytes_the_sender_summed_up(dtype: torch.dtype) 
     sender = GlooSender(rank=0, host="127.0.0.1", dtype=dtype, bucket_mb=1, timeout_s=20)
     address = sender.open(metas(tensors.items()), world_size=3)
     sent, *received = in_threads(
-        lambda: sender.send(tensors.items(), 7), lambda: receiver(address, 1), lambda: receiver(address, 2)
+        lambda: sender.send(tensors.items(), 7),
+        lambda: receiver(address, 1),
+        lambda: receiver(address, 2, late_s=0.3),
     )
     assert (
         len(plan(address.tensors, dtype, address.bucket_bytes))

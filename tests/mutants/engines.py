@@ -131,11 +131,15 @@ ENGINES = (
         tests=(f"{LOOP}::test_a_mismatched_checksum_stops_the_run_and_names_the_tensor",),
     ),
     Mutant(
-        name="a tensor that was left out of the sync is not missed",
+        name="only tensors that both ends have are compared",
         row="D8",
         file="orchestrator/publish.py",
-        old="    if missing or extra:\n",
-        new="    if extra:\n",
+        old="    if missing or extra:\n"
+        "        raise WeightSyncError(\n"
+        '            f"{received.who} received other tensors than {sent.who} sent: missing {missing}, extra {extra}"\n'
+        "        )\n"
+        "    wrong = [name for name, checksum in sent.checksums.items() if received.checksums[name] != checksum]\n",
+        new="    wrong = [n for n, c in received.checksums.items() if sent.checksums.get(n, c) != c]\n",
         tests=(f"{LOOP}::test_a_receipt_that_is_not_the_actors_stops_the_run",),
     ),
     Mutant(

@@ -35,7 +35,7 @@ LOSSES = (
         file="orchestrator/surrogate.py",
         old="-ratio.clamp(1 - low, 1 + high)",
         new="-ratio.clamp(1 - low, 1 + low)",
-        tests=(f"{ORACLES}::test_loss_of_every_algorithm",),
+        tests=(f"{ORACLES}::test_loss_of_every_algorithm[dapo-0-fp64]",),
     ),
     Mutant(
         name="log-ratios are clamped",
@@ -89,7 +89,7 @@ LOSSES = (
         file="orchestrator/algorithms/_base.py",
         old="values - (self.entropy_coef or 0.0) * entropy",
         new="values + (self.entropy_coef or 0.0) * entropy",
-        tests=(f"{ORACLES}::test_loss_of_every_algorithm",),
+        tests=(f"{ORACLES}::test_loss_of_every_algorithm[ppo-0-fp64]",),
     ),
     Mutant(
         name="scores keep their graph: advantages are not detached",
@@ -133,7 +133,7 @@ LOSSES = (
         old="drift = self._loss_drift(policy, old, part)\n",
         new="drift = self._loss_drift(policy, old, part)\n"
         '            drift = drift * weights if self.correction.rule != "none" else drift\n',
-        tests=(f"{ORACLES}::test_loss_of_every_algorithm",),
+        tests=(f"{ORACLES}::test_loss_of_every_algorithm[ppo-0-fp64]",),
     ),
     Mutant(
         name="the KL of a sequence is divided by its length once more than the policy gradient",
@@ -141,7 +141,7 @@ LOSSES = (
         file="orchestrator/algorithms/_base.py",
         old="drift = self._loss_drift(policy, old, part)\n",
         new="drift = self._loss_drift(policy, old, part) / mask.sum(1, keepdim=True).clamp(min=1)\n",
-        tests=(f"{ORACLES}::test_loss_of_every_algorithm",),
+        tests=(f"{ORACLES}::test_loss_of_every_algorithm[ppo-0-fp64]",),
     ),
     Mutant(
         name="the value loss takes the better of the two",
@@ -162,21 +162,21 @@ LOSSES = (
         file="orchestrator/surrogate.py",
         old="return values.sum(1, keepdim=True) / part.action_mask.sum(1, keepdim=True).clamp(min=1)",
         new="return values.mean(1, keepdim=True)",
-        tests=(f"{ORACLES}::test_loss_of_every_algorithm",),
+        tests=(f"{ORACLES}::test_loss_of_every_algorithm[gmpo-0-fp64]",),
     ),
     Mutant(
         name="the token form of the sequence ratio scales by the token's own",
         file="orchestrator/algorithms/gspo.py",
         old="ratio = ratio.detach() * (moved - moved.detach()).exp()",
         new="ratio = ratio * moved.exp()",
-        tests=(f"{ORACLES}::test_gradient_of_every_loss",),
+        tests=(f"{ORACLES}::test_gradient_of_every_loss[gspo-2]",),
     ),
     Mutant(
         name="the clipped importance weight has a gradient",
         file="orchestrator/algorithms/cispo.py",
         old="ratio = ratios(logprobs, old, part).detach()",
         new="ratio = ratios(logprobs, old, part)",
-        tests=(f"{ORACLES}::test_gradient_of_every_loss",),
+        tests=(f"{ORACLES}::test_gradient_of_every_loss[cispo-0]",),
     ),
     Mutant(
         name="DPO's rejected response is preferred",
@@ -230,12 +230,12 @@ LOSSES = (
         tests=(f"{SUPERVISED}::test_the_kl_is_the_mean_over_mismatched_rows_and_never_negative",),
     ),
     Mutant(
-        name="KTO's mismatched rows are matched",
+        name="KTO's mismatched response may be of the same prompt",
         row="B5",
         file="orchestrator/examples.py",
-        old="zip(units, [*units[1:], units[0]], strict=True)",
-        new="zip(units, units, strict=True)",
-        tests=("tests/test_examples.py::test_rankings_ratings_labels_and_margins_carry_their_numbers",),
+        old="other[here] = after if prompts[here] != prompts[after] else other[after]",
+        new="other[here] = after",
+        tests=("tests/test_examples.py::test_a_mismatched_response_is_of_another_prompt",),
     ),
     Mutant(
         name="the reward model's pairs are upside down",
@@ -274,6 +274,22 @@ LOSSES = (
         old="return x.logaddexp(x.new_zeros(()))",
         new="return (1 + x.exp()).log()",
         tests=("tests/test_objectives.py::test_reward_model_loss_stays_finite_at_any_margin",),
+    ),
+    Mutant(
+        name="pairs of the policy's own samples are cut by minibatches",
+        row="B5",
+        file="orchestrator/minibatch.py",
+        old="groups = None if experience.groups is None else _rows_of_groups(experience.groups)",
+        new="groups = None",
+        tests=("tests/test_online_dpo.py::"
+               "test_minibatches_and_micro_batches_keep_pairs_and_leave_out_who_has_none",),
+    ),
+    Mutant(
+        name="the worst of the policy's own samples is preferred",
+        file="orchestrator/algorithms/online_dpo.py",
+        old="equals = signal & group_best(sign * rewards, groups, valid)",
+        new="equals = signal & group_best(-sign * rewards, groups, valid)",
+        tests=("tests/test_online_dpo.py::test_best_and_worst_of_a_prompt_are_a_pair_by_hand",),
     ),
     Mutant(
         name="a reference that is asked once answers with other rows",

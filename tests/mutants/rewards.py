@@ -57,14 +57,14 @@ REWARDS = (
         file="orchestrator/algorithms/ppo.py",
         old="            advantages = whiten(advantages, mask)\n",
         new="            advantages = whiten(advantages, mask)\n            returns = advantages + values\n",
-        tests=(f"{ORACLES}::test_advantages_of_every_algorithm",),
+        tests=(f"{ORACLES}::test_advantages_of_every_algorithm[ppo-0-fp64]",),
     ),
     Mutant(
         name="the scan loses what is behind a block of 64 tokens",
         file="orchestrator/estimators.py",
         old="within.addcmul_(behind[:, :, None], decay ** (BLOCK - place))",
         new="pass",
-        tests=(f"{ORACLES}::test_gae",),
+        tests=(f"{ORACLES}::test_gae[1.0-1.0-fp64]",),
     ),
     Mutant(
         name="the reward lands on the last column",
@@ -215,14 +215,14 @@ REWARDS = (
         new="length = mask.sum(1) / mask.sum(1).double().mean().clamp(min=1)\n"
         "        compared = self.compare((batch.rewards - penalty.sum(1)) * length, batch.groups, "
         "mask.any(1))",
-        tests=(f"{ORACLES}::test_advantages_of_every_algorithm",),
+        tests=(f"{ORACLES}::test_advantages_of_every_algorithm[grpo-0-fp64]",),
     ),
     Mutant(
         name="a KL in the reward is left out where samples are compared",
         file="orchestrator/algorithms/_groups.py",
         old="self.compare(batch.rewards - penalty.sum(1), batch.groups, mask.any(1))",
         new="self.compare(batch.rewards, batch.groups, mask.any(1))",
-        tests=(f"{ORACLES}::test_advantages_of_every_algorithm",),
+        tests=(f"{ORACLES}::test_advantages_of_every_algorithm[grpo-1-fp64]",),
     ),
     Mutant(
         name="whitening counts padding",
@@ -245,7 +245,7 @@ REWARDS = (
         file="orchestrator/estimators.py",
         old="        centred = centred * size / (size - 1).clamp(min=1)\n",
         new="        pass\n",
-        tests=(f"{ORACLES}::test_advantages_within_a_group",),
+        tests=(f"{ORACLES}::test_advantages_within_a_group[fp64]",),
     ),
     Mutant(
         name="a missing reward is 0",
@@ -342,7 +342,7 @@ REWARDS = (
         old="return (logp.exp() * (logp - ref_distribution.where(there, 0.0))).sum(-1).where(mask, 0.0)",
         new="ref = ref_distribution.where(there, 0.0)\n"
         "    return (ref.exp() * (ref - logp)).sum(-1).where(mask, 0.0)",
-        tests=(f"{ORACLES}::test_kl_of_whole_distributions",),
+        tests=(f"{ORACLES}::test_kl_of_whole_distributions[fp64]",),
     ),
     Mutant(
         name="the KL pays for leaving the reference",
@@ -388,7 +388,7 @@ REWARDS = (
         file="orchestrator/shaping.py",
         old="cut = ~batch.stopped",
         new="cut = batch.stopped",
-        tests=(f"{ORACLES}::test_shaping",),
+        tests=(f"{ORACLES}::test_shaping[fp64]",),
     ),
     Mutant(
         name="an infinite part hides behind a weight of 0",
@@ -429,21 +429,21 @@ REWARDS = (
         file="orchestrator/shaping.py",
         old="stats = stats.updated(rewards[lengths > 0])",
         new="stats = stats.updated(rewards)",
-        tests=(f"{ORACLES}::test_shaping",),
+        tests=(f"{ORACLES}::test_shaping[fp64]",),
     ),
     Mutant(
         name="the overlong penalty begins one token late",
         file="orchestrator/shaping.py",
         old="over = (lengths - (max_new_tokens - settings.overlong_buffer))",
         new="over = (lengths - 1 - (max_new_tokens - settings.overlong_buffer))",
-        tests=(f"{ORACLES}::test_shaping",),
+        tests=(f"{ORACLES}::test_shaping[fp64]",),
     ),
     Mutant(
         name="the greedy baseline is added",
         file="orchestrator/algorithms/remax.py",
         old="batch.rewards - batch.baselines",
         new="batch.rewards + batch.baselines",
-        tests=(f"{ORACLES}::test_advantages_of_every_algorithm",),
+        tests=(f"{ORACLES}::test_advantages_of_every_algorithm[remax-0-fp64]",),
     ),
     Mutant(
         name="the greedy response is one of the samples",

@@ -280,8 +280,8 @@ TRAINING = (
     Mutant(
         name="the last minibatch is dropped",
         file="orchestrator/minibatch.py",
-        old="        for rows in order.view(count, B // count):",
-        new="        for rows in order.view(count, B // count)[: max(1, count - 1)]:",
+        old="        for drawn in order.view(count, B // count):\n",
+        new="        for drawn in order.view(count, B // count)[: max(1, count - 1)]:\n",
         tests=(f"{ALGORITHMS}::test_minibatches_cover_every_row_once_per_epoch_and_refuse_a_remainder",),
     ),
     Mutant(

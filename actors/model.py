@@ -23,8 +23,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PretrainedConfig,
-    PreTrainedModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
 
 from actors.virtual_tokens import VirtualTokens
 from actors.vocabulary import BlockedLogprobs, Shape
@@ -45,6 +46,9 @@ class LanguageModel(nn.Module):
         self.virtual: VirtualTokens | None = None  # of prefix, prompt and P-tuning
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            for layer in model.modules():  # they look at their own mode, and a loaded model is in eval mode
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True
 
     def hidden_states(
         self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None
@@ -225,8 +229,7 @@ class ScoreModel(LanguageModel):
 
 def values_before(head: nn.Module, states: Tensor, mask: Tensor) -> Tensor:
     """States [B, T, d] -> what the head says of the state BEFORE each token, [B, T], 0.0 off ``mask``."""
-    before = F.pad(head(states)[:, :-1], (1, 0))
-    return torch.where(mask, before, 0.0)  # not a product: NaN x 0 is NaN (BUGS C5)
+    return torch.where(mask, F.pad(head(states)[:, :-1], (1, 0)), 0.0)  # no product: NaN x 0 is NaN (BUGS C5)
 
 
 def last_states(states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -257,13 +260,10 @@ def _options(source: Model) -> dict[str, Any]:
             bnb_4bit_compute_dtype=dtype,
         )  # fmt: skip
         quantized = {"quantization_config": four_bits}
-    return {
-        **quantized,
-        "revision": source.revision,
-        "dtype": dtype,
-        "attn_implementation": source.attention,
+    return quantized | {
+        "revision": source.revision, "dtype": dtype, "attn_implementation": source.attention,
         "trust_remote_code": False,
-    }
+    }  # fmt: skip
 
 
 def _load_scalar(source: Model, head_seed: int | None) -> PreTrainedModel:

@@ -9,7 +9,8 @@ one micro-batch, every token asked for. ``blocks`` is the actor as it trains; ``
 
     resident_mb   tensors that the model holds between updates: weights and both moments
     above_mb      most bytes of tensors alive beyond that, in each phase and in all (torch's allocations)
-    process_mb    largest resident size of the process in the update, with Python and the allocator's gaps
+    process_mb    largest resident size of the process in the update: with Python, the allocator's gaps and
+                  the profiler's notes
 
 Prints the loss as well: both must train on the same number. 4,096 tokens take two minutes on a core.
 """
@@ -52,7 +53,7 @@ def named_phase(call: Callable[..., Any], name: str) -> Callable[..., Any]:
     return spanned
 
 
-def above_mb(update: Callable[[], dict[str, float]]) -> dict[str, int]:
+def above_mb(update: Callable[[], None]) -> dict[str, int]:
     """Most bytes of tensors alive beyond those at the start, by phase."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -105,18 +106,17 @@ def one_side(model: str, tokens: int, side: str) -> dict[str, Any]:
     kept = list(actor.backend.engine.module.parameters())
     kept += [t for state in actor.backend.optimizer.state.values() for t in state.values()]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    rows = tokens // LENGTH
-    loss = update(rows)["loss"]
-    whole = process_mb("VmHWM")
     actor.output = named_phase(actor.output, "forward")  # type: ignore[method-assign]
     actor.loss = named_phase(actor.loss, "loss")
     actor.backend.accumulate = named_phase(actor.backend.accumulate, "backward")  # type: ignore[method-assign]
     actor.backend.step = named_phase(actor.backend.step, "step")  # type: ignore[method-assign]
+    told: dict[str, float] = {}
+    above = above_mb(lambda: told.update(update(tokens // LENGTH)))
     return {
-        "loss": loss,
+        "loss": told["loss"],
         "resident_mb": round(sum(t.numel() * t.element_size() for t in kept) / MIB),
-        "above_mb": above_mb(lambda: update(rows)),
-        "process_mb": round(whole),
+        "above_mb": above,
+        "process_mb": round(process_mb("VmHWM")),
     }
 
 

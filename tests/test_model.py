@@ -195,6 +195,20 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_gradient_checkpointing_recomputes_each_layer_as_a_learner_has_the_model(
+    tmp_path: Path, on: bool
+) -> None:
+    """Loaded models are in eval mode, in which Transformers would keep every activation all the same."""
+    tokens, mask = padded(0, 2)
+    policy, calls = PolicyModel.load(source(tmp_path, tiny.llama(), gradient_checkpointing=on)), []
+    layers = policy.model.base_model.layers
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    policy(tokens, mask, mask, 1.0)[0].sum().backward()
+    assert len(calls) == len(layers) * (2 if on else 1)
+
+
 @pytest.mark.parametrize(
     ("config", "model", "setting"),
     [

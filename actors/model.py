@@ -46,9 +46,8 @@ class LanguageModel(nn.Module):
         self.virtual: VirtualTokens | None = None  # of prefix, prompt and P-tuning
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            for layer in model.modules():  # they look at their own mode, and a loaded model is in eval mode
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.training = True
+            for layer in (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)):
+                layer.training = True  # they look at their own mode, and a loaded model is in eval mode
 
     def hidden_states(
         self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None
@@ -229,7 +228,8 @@ class ScoreModel(LanguageModel):
 
 def values_before(head: nn.Module, states: Tensor, mask: Tensor) -> Tensor:
     """States [B, T, d] -> what the head says of the state BEFORE each token, [B, T], 0.0 off ``mask``."""
-    return torch.where(mask, F.pad(head(states)[:, :-1], (1, 0)), 0.0)  # no product: NaN x 0 is NaN (BUGS C5)
+    before = F.pad(head(states)[:, :-1], (1, 0))
+    return torch.where(mask, before, 0.0)  # not a product: NaN x 0 is NaN (BUGS C5)
 
 
 def last_states(states: Tensor, attention_mask: Tensor) -> Tensor:
@@ -287,8 +287,8 @@ def _load_scalar(source: Model, head_seed: int | None) -> PreTrainedModel:
             head.weight.zero_()
             if head_seed is not None:
                 seeded = torch.Generator().manual_seed(head_seed)
-                noise = torch.randn(head.weight.shape, generator=seeded) / (head.in_features + 1) ** 0.5
-                head.weight.copy_(noise)
+                noise = torch.randn(head.weight.shape, generator=seeded)
+                head.weight.copy_(noise / (head.in_features + 1) ** 0.5)
     model.score = ScalarHead(head)
     if model.config.pad_token_id is None:  # Transformers refuses to classify a batch without one
         eos = model.config.eos_token_id

@@ -9,6 +9,7 @@ A check is a function that returns its finding or raises ``Trouble``. The exit s
 from __future__ import annotations
 
 import argparse
+import ctypes
 import email.utils
 import json
 import os
@@ -58,6 +59,19 @@ def drivers() -> str:
         raise Trouble(f"nvidia-smi: {done.stdout.strip() or done.stderr.strip()}; repair the driver")
     rows = done.stdout.strip().splitlines()
     return f"{len(rows)} GPUs: {rows[0]}"
+
+
+def libraries() -> str:
+    """What no wheel brings."""
+    if shutil.which("nvidia-smi") is not None:
+        raise Skipped("only vLLM's CPU kernels need libnuma")
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        raise Trouble(
+            "vLLM's CPU kernels need libnuma.so.1; install it (Debian, Ubuntu: libnuma1, Fedora: numactl-libs)"
+        ) from None
+    return "libnuma.so.1 is there"
 
 
 def collective(backend: str) -> str:
@@ -213,6 +227,7 @@ def main(argv: Sequence[str]) -> int:
         [
             ("versions", versions),
             ("drivers", drivers),
+            ("libraries", libraries),
             ("gloo", lambda: collective("gloo")),
             ("NCCL", lambda: collective("nccl")),
             ("shared memory", shared_memory),

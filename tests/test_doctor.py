@@ -67,6 +67,13 @@ def test_too_little_shared_memory_is_named(monkeypatch):
         doctor.shared_memory()
 
 
+def test_a_library_that_no_wheel_brings_is_named(monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    with pytest.raises(doctor.Trouble, match="libnuma1"):
+        doctor.libraries()
+
+
 def test_the_disk_is_measured_and_left_clean(tmp_path):
     assert "MB/s" in doctor.disk(tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []

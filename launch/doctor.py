@@ -69,7 +69,7 @@ def libraries() -> str:
         ctypes.CDLL("libnuma.so.1")
     except OSError:
         raise Trouble(
-            "vLLM's CPU kernels need libnuma.so.1; install it (Debian, Ubuntu: libnuma1, Fedora: numactl-libs)"
+            "vLLM's CPU kernels need libnuma.so.1; install it (Debian: libnuma1, Fedora: numactl-libs)"
         ) from None
     return "libnuma.so.1 is there"
 

@@ -4,7 +4,7 @@ EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 BIN    := .venv/bin
 STAMP  := .venv/.installed-$(EXTRA)
 
-.PHONY: setup demo test test-slow test-all mutants check format bench lock manifests clean
+.PHONY: setup demo test test-slow test-all chaos mutants check format bench lock manifests clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ test-all: setup
 # ONLY="KL clamp": those with one of these words in name, row or file.
 mutants: setup
 	$(BIN)/python -m tests.mutants $(if $(SLOW),--slow) $(ONLY)
+
+# Every fault of docs/recovery.md at many moments; CI runs tests/chaos/test_quick.py.
+chaos: setup
+	QUARTET_CHAOS=1 $(BIN)/pytest -s tests/chaos
 
 check: setup
 	$(BIN)/ruff check .

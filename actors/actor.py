@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from actors.learner import Learner, LossFunction, MicroBatches
 from actors.model import PolicyModel
+from actors.training_state import NonFiniteStateError
+from actors.vital_signs import PolicyMovedOn
 from actors.weights.sender import open_sender
 from actors.weights.wire import Address, Sender, ServedAdapter, TensorMeta, Transport
-from orchestrator.batch import Batch, Examples, PolicyOutput
+from orchestrator.batch import Batch, Examples, Minibatch, PolicyOutput
 from orchestrator.config import Model, Optimizer
 from orchestrator.roles import WeightReceipt
 from orchestrator.work import Work
@@ -46,6 +49,16 @@ class Actor(Learner):
         self.entropy, self.distribution = entropy, distribution
         self.sender: Sender | None = None
         self.sends_adapter = False
+        self._sent, self._trained = -1, False  # the version sent last, and whether there are others since
+
+    def update(self, minibatch: Minibatch, micro_batches: MicroBatches) -> dict[str, float]:
+        self._trained = True
+        return super().update(minibatch, micro_batches)
+
+    def load(self, folder: Path) -> None:
+        """Versions count from the checkpoint's on."""
+        super().load(folder)
+        self._sent, self._trained = -1, False
 
     def load_model(self) -> PolicyModel:
         return PolicyModel.load(self.model)
@@ -107,10 +120,18 @@ class Actor(Learner):
 
     def send_weights(self, version: int) -> WeightReceipt:
         """Rank 0 sends every weight, adapters merged, or the adapter alone, and answers what it sent; the
-        other ranks gather (ZeRO-3). Raises NonFiniteStateError on every rank, before anything is sent."""
+        other ranks gather (ZeRO-3). Raises, before anything is sent, NonFiniteStateError on every rank, and
+        PolicyMovedOn: a version may be sent again as long as nothing was trained since."""
         if self.sender is None:
             raise RuntimeError("send_weights() before open_channel(): no engine knows this actor")
         backend = self.backend
-        backend.check_finite()
+        try:
+            if version < self._sent or (version == self._sent and self._trained):
+                raise PolicyMovedOn(f"the weights of version {version} have been trained since they were sent")
+            backend.check_finite()
+        except (PolicyMovedOn, NonFiniteStateError):
+            self.sender.close()  # the receivers, which wait already, learn that nothing comes
+            raise
+        self._sent, self._trained = version, False
         named = backend.adapter_tensors() if self.sends_adapter else backend.named_full_parameters()
         return self.sender.send(named, version)

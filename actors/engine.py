@@ -4,10 +4,11 @@ One ``EngineWorker`` is one replica. It never speaks text to vLLM: prompts go in
 out as token ids with the log-probs the sampler drew from, and the version of the weights each was drawn from.
 
 Who waits for whom: ``generate`` calls run side by side; ``receive_weights`` keeps new ones waiting, freezes
-those under way where they stand (vLLM's pause "keep"), waits for the sender, and lets them go on. The update
-is one call, between two steps of the engine: a step inside it would meet a model that lies on ``meta``. The
-frozen requests are prefilled again: their old keys and values came from the old weights. When an update fails
-the engine holds half a model, and every later call says why.
+those under way where they stand (vLLM's pause "keep") and waits for the sender; ``commit_weights``, when the
+driver has seen that all is there, lets them go on. The update is one call, between two steps of the engine: a
+step inside it would meet a model that lies on ``meta``. The frozen requests are prefilled again: their old
+keys and values came from the old weights. When an update fails the engine holds half a model: it serves
+nobody and says why until a whole update has arrived.
 """
 
 import asyncio
@@ -19,7 +20,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
 
+from actors.engine_children import processes, pulse_of, require
 from actors.engine_params import Device, drawing, environment, is_eager, reading, tokenizer_and_ends
+from actors.vital_signs import NoWeights, ProcessGone, Pulse, VitalSigns
 from actors.weights.wire import Address, ServedAdapter, Transport
 from actors.worker import RosterLine, settle_heap
 from orchestrator.batch import Prompt, Rollout, StopReason
@@ -30,13 +33,12 @@ from orchestrator.work import Work
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.outputs import CompletionOutput, RequestOutput
-    from vllm.v1.engine.async_llm import AsyncLLM
 
 _CPU_KV_CACHE_MB = 256
 CPU_BLOCK_TOKENS = 32  # the least that vLLM's CPU attention likes
 
 
-class EngineWorker:
+class EngineWorker(VitalSigns):
     """One vLLM replica. ``start`` before anything else."""
 
     verbs: ClassVar[dict[str, Work]] = {
@@ -70,6 +72,8 @@ class EngineWorker:
         self._eager = is_eager(config, device)
         self._num_probes = 0
         self._num_running = 0  # requests that vLLM has and has not answered
+        self._frozen = False  # these requests are paused
+        self._children: list[int] = []
         self._level = Residency.AWAKE
         self._open = asyncio.Event()  # cleared during an update
         self._open.set()
@@ -82,7 +86,7 @@ class EngineWorker:
 
         self._adapter = None if self._serves is None else adapter_request()
         self._llm = AsyncLLM.from_engine_args(self._arguments())
-        self._children = _processes(self._llm)
+        self._children = processes(self._llm)
         self._tokenizer, self._stop_ids = tokenizer_and_ends(self._model, self._revision)
         await self._llm.update_weight_version(str(self._version))
         settle_heap()
@@ -128,7 +132,6 @@ class EngineWorker:
         The end-of-sequence token, where there is one, is the last sampled token. ValueError for a prompt that
         leaves no room.
         """
-        self._refuse_if_broken()
         if len(seeds) != num_samples:
             raise ValueError(
                 f"{len(seeds)} seeds for {num_samples} samples of prompt {prompt.uid}; give one each"
@@ -181,10 +184,14 @@ class EngineWorker:
         prompt = {"prompt_token_ids": list(tokens)}
         stream = self._llm.generate(prompt, params, uid, lora_request=self._adapter)
         self._num_running += 1
+        from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415
+
         try:
             async with aclosing(stream) as outputs:
                 async for output in outputs:
                     return output
+        except EngineDeadError as error:
+            raise ProcessGone(f"vLLM's processes have ended: {error}") from error
         finally:
             self._num_running -= 1
         raise RuntimeError(f"engine {self._index} gave no answer to request {uid}")
@@ -197,17 +204,17 @@ class EngineWorker:
         await self._llm.init_weight_transfer_engine(request)
 
     async def receive_weights(self, version: int) -> list[WeightReceipt]:
-        """Returns when the new weights are in force and nothing of the old ones is cached."""
-        self._refuse_if_broken()
+        """Returns when the new weights are in place and nothing of the old ones is cached; nobody is served
+        before ``commit_weights``."""
         self._failure = f"update to version {version} has not finished"
         self._open.clear()
         try:
             receipts = await self._update(version)
         except Exception as error:
             self._failure = f"update to version {version} failed: {error}"
+            self._open.set()  # who waited now learns of it
+            require(self._children)
             raise
-        finally:
-            self._open.set()  # who waited now learns of a failure
         self._version, self._failure = version, None
         who = f"engine {self._index} worker"
         return [
@@ -222,16 +229,24 @@ class EngineWorker:
 
     async def _update(self, version: int) -> list[dict[str, Any]]:
         """One call does the whole update, between two steps of the engine; nothing new is admitted."""
-        in_flight = self._num_running > 0
-        if in_flight:  # the pause costs 20 ms, and without requests there is nothing to freeze
+        if self._num_running > 0 and not self._frozen:  # costs 20 ms, and only requests need to be frozen
             await self._llm.pause_generation(mode="keep", clear_cache=False)
+            self._frozen = True
         receipts = await self._llm.collective_rpc("apply_weight_update", args=(version,))
         await self._llm.update_weight_version(str(version))
         if not await self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM kept its prefix cache: keys and values of old weights would be reused")
-        if in_flight:
-            await self._llm.resume_generation()
         return receipts
+
+    async def commit_weights(self, version: int) -> None:
+        """Serves again, with the weights received last."""
+        self._refuse_if_broken()
+        if version != self._version:
+            raise RuntimeError(f"engine {self._index} holds version {self._version}, not {version}")
+        if self._frozen:
+            await self._llm.resume_generation()
+        self._frozen = False
+        self._open.set()
 
     async def _admitted(self) -> None:
         """Returns when no update is under way; raises when the last one failed."""
@@ -240,7 +255,7 @@ class EngineWorker:
 
     def _refuse_if_broken(self) -> None:
         if self._failure is not None:
-            raise RuntimeError(f"engine {self._index} has no usable weights: {self._failure}; restart it")
+            raise NoWeights(f"engine {self._index} has no usable weights: {self._failure}")
 
     async def reside(self, level: Residency) -> None:
         """vLLM's sleep mode: weights into the host's memory, the KV cache away; no request is under way. Its
@@ -257,9 +272,12 @@ class EngineWorker:
 
     async def health(self) -> None:
         self._refuse_if_broken()
+        require(self._children)
         await self._llm.check_health()
-        if missing := [pid for pid in self._children if not psutil.pid_exists(pid)]:
-            raise RuntimeError(f"engine {self._index} lost its child processes {missing}")
+
+    def pulse(self) -> Pulse:
+        """Of vLLM's processes: this one only waits for them. Raises ProcessGone when one has ended."""
+        return pulse_of(self._children)
 
     async def pids(self) -> list[int]:
         """vLLM's processes: the engine core, and a worker each when tensor_parallel > 1."""
@@ -291,9 +309,3 @@ def _versions(completion: "CompletionOutput", *, default: int) -> tuple[int, ...
     if spans is None:
         return (default,) * len(completion.token_ids)
     return tuple(int(span.version) for span in spans for _ in range(span.start, span.end))
-
-
-def _processes(llm: "AsyncLLM") -> list[int]:
-    """vLLM's engine core and what it started; not Python's resource tracker, which ends by itself."""
-    cores = [psutil.Process(process.pid) for process in llm.engine_core.resources.engine_manager.processes]
-    return sorted(p.pid for core in cores for p in [core, *core.children(recursive=True)])

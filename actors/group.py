@@ -1,4 +1,4 @@
-"""A role's verbs over N Ray workers: split, call with a deadline, gather. Here is where Ray begins.
+"""A role's verbs over N Ray workers: split, call with a deadline, gather.
 
     driver --- one await per verb ---> group --- one Ray call per worker ---> workers (collectives among
     themselves)
@@ -8,136 +8,122 @@ group puts them into the object store and every worker of every role reads the s
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
-import ray
 import torch
-from ray.actor import ActorHandle, ActorMethod
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.actor import ActorMethod
 from torch import Tensor
 
-from actors.recording import Working, recorded
-from actors.weights.wire import Address, ServedAdapter, Transport
+from actors.budget import Budget
+from actors.errors import RoleError, WorkerLost
+from actors.object_store import ObjectStore
+from actors.remote_worker import RemoteWorker
+from actors.weights.wire import Address, Channel
 from orchestrator.balance import plan
-from orchestrator.batch import Batch, Examples, Minibatch, Records, Rollout, ScoredRollout
+from orchestrator.batch import Batch, Examples, Minibatch, Rollout, ScoredRollout
 from orchestrator.coalesce import Coalescer
 from orchestrator.collate import collate_examples
-from orchestrator.config import Deadlines
 from orchestrator.examples import Unit
-from orchestrator.placement import Seat
 from orchestrator.rewards import weigh
 from orchestrator.roles import Metrics, Residency, WeightReceipt
-from orchestrator.work import WorkBook, WorkLog
+
+T = TypeVar("T")
+LOSS_SHOWS_S = 5.0  # after a rank failed, for which another is waited for that may be the cause
 
 
-class RoleError(RuntimeError):
-    """A worker failed, died or did not answer in time."""
-
-
-class RemoteWorker:
-    """One Ray worker with its name, its deadlines and the log of its work."""
-
-    def __init__(self, handle: ActorHandle, who: str, deadlines: Deadlines, log: WorkLog) -> None:
-        self.handle, self.who, self.deadlines, self.log = handle, who, deadlines, log
-
-    async def call(self, method: ActorMethod, *args: Any, deadline_s: float | None = None) -> Any:
-        verb, limit = method._method_name, deadline_s or self.deadlines.call_s
-        try:
-            with self.log.call(verb) as unpacked:
-                return unpacked(await asyncio.wait_for(method.remote(*args), limit))
-        except TimeoutError as error:
-            raise RoleError(f"{self.who} did not answer {verb} within {limit:g} s") from error
-        except RayTaskError as error:
-            raise RoleError(f"{self.who} failed in {verb}: {error.cause!r}") from error
-        except RayActorError as error:
-            raise RoleError(f"{self.who} died in {verb}: {error}") from error
-
-
-def spawn(  # noqa: PLR0913 - one line per fact, all by name
-    cls: type[Working],
-    *,
-    who: str,
-    seat: Seat,
-    group: PlacementGroup,
-    env: dict[str, str],
-    deadlines: Deadlines,
-    book: WorkBook,
-    **settings: Any,
-) -> RemoteWorker:
-    """Starts one worker in its seat; its constructor runs there. Errors surface in the first call."""
-    resources = dict(seat.resources)
-    options = {
-        "num_cpus": resources.get("CPU", 0.0),
-        "num_gpus": resources.get("GPU", 0.0),
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(
-            group, placement_group_bundle_index=seat.bundle
-        ),
-        "runtime_env": {"env_vars": env},
-    }
-    log = book.enter(who, f"{seat.group}.{seat.bundle}", cls.verbs)
-    return RemoteWorker(ray.remote(recorded(cls)).options(**options).remote(**settings), who, deadlines, log)
-
-
-class ObjectStore:
-    """Puts each record once; the last few stay referenced, so that every role of a step finds them there."""
-
-    def __init__(self) -> None:
-        self._recent: deque[tuple[Records, ray.ObjectRef]] = deque(maxlen=2)
-
-    def put(self, records: Records) -> ray.ObjectRef:
-        for kept, ref in self._recent:
-            if kept is records:
-                return ref
-        ref = ray.put(records)
-        self._recent.append((records, ref))
-        return ref
+async def all_ranks(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """The answers of all ranks. When one fails, the loss of another, which comes a moment later, is the
+    cause and is raised instead."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if any(not task.done() or task.exception() for task in tasks):
+            await asyncio.wait(tasks, timeout=LOSS_SHOWS_S)
+    finally:
+        for task in tasks:
+            task.cancel()
+    errors = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+    for error in sorted(filter(None, errors), key=lambda e: not isinstance(e, WorkerLost)):
+        raise error
+    return [task.result() for task in tasks]
 
 
 class WorkerGroup:
     """What every role's group can do. Rank k is ``workers[k]``."""
 
-    def __init__(self, workers: Sequence[RemoteWorker], *, store: ObjectStore, token_budget: int) -> None:
+    replaceable: ClassVar[bool] = False  # a lost worker gets a successor at once and is asked again
+
+    def __init__(
+        self, workers: Sequence[RemoteWorker], *, store: ObjectStore, token_budget: int, restarts: int = 0
+    ) -> None:
+        """``restarts`` of each worker within an hour."""
         self.workers, self._store, self._token_budget = list(workers), store, token_budget
+        self._budgets = [Budget(restarts) for _ in self.workers]
+        self._replacing = asyncio.Lock()
 
     async def start(self, *, threads: int, seed: int, timeout_s: float) -> None:
         """Joins the workers in one process group and loads the model in each."""
-        first = self.workers[0]
-        host, port = await first.call(first.handle.rendezvous, deadline_s=first.deadlines.start_s)
-        world = len(self.workers)
-        await asyncio.gather(
-            *(
-                w.call(
-                    w.handle.setup,
-                    rank,
-                    world,
-                    host,
-                    port,
-                    threads,
-                    seed,
-                    timeout_s,
-                    deadline_s=w.deadlines.start_s,
-                )
-                for rank, w in enumerate(self.workers)
-            )
+        self._settings = (threads, seed, timeout_s)
+        await self._join(self.workers)
+
+    async def _join(self, workers: Sequence[RemoteWorker]) -> None:
+        """``workers``: all, or one whose ranks never talk to each other."""
+        ranks = [self.workers.index(worker) for worker in workers]
+        await self._describe(workers, ranks, ready=False)
+        first, world = workers[0], len(self.workers)
+        host, port = await first.call(first.handle.rendezvous)
+        await all_ranks(
+            w.call(w.handle.setup, rank, world, host, port, *self._settings, deadline_s=w.deadlines.start_s)
+            for w, rank in zip(workers, ranks, strict=True)
         )
+        await self._describe(workers, ranks, ready=True)
+
+    async def _describe(self, workers: Sequence[RemoteWorker], ranks: Sequence[int], *, ready: bool) -> None:
+        lines = await all_ranks(w.call(w.handle.describe, deadline_s=w.deadlines.start_s) for w in workers)
+        for worker, rank, line in zip(workers, ranks, lines, strict=True):
+            worker.attend([replace(line, rank=rank)], ready=ready)
+
+    async def _ask(self, worker: RemoteWorker, verb: ActorMethod, *args: Any) -> Any:
+        """As ``call``; where the group is replaceable, a lost worker's successor is asked the same."""
+        while True:
+            incarnation = worker.incarnation
+            try:
+                return await worker.call(getattr(worker.handle, verb._method_name), *args)
+            except WorkerLost as lost:
+                if not self.replaceable:
+                    raise
+                async with self._replacing:
+                    if worker.incarnation == incarnation:
+                        await self._succeed([worker], str(lost))
+
+    async def _succeed(self, workers: Sequence[RemoteWorker], why: str) -> None:
+        """Successors of these workers, ready, with the weights they started from."""
+        while True:
+            for worker in workers:
+                if not self._budgets[self.workers.index(worker)].take():
+                    raise worker.give_up(why)
+            for worker in workers:
+                worker.revive()
+            try:
+                await self._join(workers)
+            except WorkerLost as lost:
+                why = str(lost)
+                continue
+            for worker in workers:
+                worker.recovered()
+            return
 
     async def health(self) -> None:
         await asyncio.gather(*(w.call(w.handle.health) for w in self.workers))
 
     async def reside(self, level: Residency) -> None:
         """All ranks leave their devices, or come back."""
-        await asyncio.gather(*(w.call(w.handle.reside, level) for w in self.workers))
-
-    async def describe(self) -> list[Any]:
-        """One roster line per worker."""
-        return await asyncio.gather(*(w.call(w.handle.describe) for w in self.workers))
+        await all_ranks(w.call(w.handle.reside, level) for w in self.workers)
 
     async def close(self) -> None:
         """Ends the processes. A worker that is already gone is no error."""
@@ -145,7 +131,7 @@ class WorkerGroup:
             *(w.call(w.handle.close, deadline_s=10) for w in self.workers), return_exceptions=True
         )
         for worker in self.workers:
-            ray.kill(worker.handle)
+            worker.dismiss()
 
     def _plan(self, lengths: Sequence[int], *, units: Sequence[int] = ()) -> list[list[list[int]]]:
         return plan(lengths, num_ranks=len(self.workers), token_budget=self._token_budget, units=units)
@@ -154,8 +140,12 @@ class WorkerGroup:
 class ScorerGroup(WorkerGroup):
     """Reference, and what learners share with it."""
 
-    def __init__(self, workers: Sequence[RemoteWorker], *, store: ObjectStore, token_budget: int) -> None:
-        super().__init__(workers, store=store, token_budget=token_budget)
+    replaceable = True
+
+    def __init__(
+        self, workers: Sequence[RemoteWorker], *, store: ObjectStore, token_budget: int, restarts: int = 0
+    ) -> None:
+        super().__init__(workers, store=store, token_budget=token_budget, restarts=restarts)
         self._coming = Coalescer([self._score_rollouts])  # one call at a time: all ranks take part in each
 
     async def score(self, batch: Batch | Examples) -> Tensor:
@@ -184,7 +174,7 @@ class ScorerGroup(WorkerGroup):
         shares = self._plan(records.attention_mask.sum(1).tolist())
         ref = self._store.put(records)
         calls = zip(self.workers, verbs, shares, strict=True)
-        answers = torch.cat(await asyncio.gather(*(w.call(verb, ref, share) for w, verb, share in calls)))
+        answers = torch.cat(await all_ranks(self._ask(w, verb, ref, share) for w, verb, share in calls))
         rows = [row for share in shares for part in share for row in part]
         gathered = torch.empty_like(answers)
         gathered[rows] = answers
@@ -204,7 +194,18 @@ def disk_errors() -> Iterator[None]:
 
 
 class LearnerGroup(ScorerGroup):
-    """Actor and critic, in every stage that trains them."""
+    """Actor and critic, in every stage that trains them. A lost rank leaves the others in a collective and
+    with other weights than its own: who owns the group rebuilds all of it and loads a checkpoint."""
+
+    replaceable = False
+
+    @property
+    def lost(self) -> bool:
+        return any(worker.lost for worker in self.workers)
+
+    async def rebuild(self) -> None:
+        """Successors of all ranks, with the weights the group started from."""
+        await self._succeed(self.workers, "its group is rebuilt")
 
     async def update(self, minibatch: Minibatch) -> Metrics:
         """One optimizer step over all ranks; every rank returns the same global figures."""
@@ -212,8 +213,8 @@ class LearnerGroup(ScorerGroup):
         units = [] if records.groups is None else records.groups[rows].tolist()
         shares = self._plan(records.attention_mask[rows].sum(1).tolist(), units=units)
         ref = self._store.put(records)
-        answers = await asyncio.gather(
-            *(
+        answers = await all_ranks(
+            (
                 w.call(w.handle.update_rows, ref, minibatch.rows, minibatch.weights, share)
                 for w, share in zip(self.workers, shares, strict=True)
             )
@@ -222,49 +223,65 @@ class LearnerGroup(ScorerGroup):
 
     async def save(self, folder: Path, background: bool = False) -> None:
         with disk_errors():
-            await asyncio.gather(*(w.call(w.handle.save, folder, background) for w in self.workers))
+            await all_ranks(w.call(w.handle.save, folder, background) for w in self.workers)
 
     async def saved(self, wait: bool = False) -> bool:
         with disk_errors():
-            return all(await asyncio.gather(*(w.call(w.handle.saved, wait) for w in self.workers)))
+            return all(await all_ranks(w.call(w.handle.saved, wait) for w in self.workers))
 
     async def load(self, folder: Path) -> None:
-        await asyncio.gather(*(w.call(w.handle.load, folder) for w in self.workers))
+        await all_ranks(w.call(w.handle.load, folder) for w in self.workers)
 
     async def export(self, folder: Path) -> None:
-        await asyncio.gather(*(w.call(w.handle.export, folder) for w in self.workers))
+        await all_ranks(w.call(w.handle.export, folder) for w in self.workers)
 
 
 class ActorGroup(LearnerGroup):
     """The policy's group: it also sends its weights, answers the probe and exports its average."""
 
-    async def export_average(self, folder: Path) -> None:
-        await asyncio.gather(*(w.call(w.handle.export, folder, True) for w in self.workers))
-
-    async def open_channel(
+    def __init__(
         self,
-        transport: Transport,
-        dtype: str,
+        workers: Sequence[RemoteWorker],
         *,
-        bucket_mb: int,
-        world_size: int,
-        adapter: ServedAdapter | None = None,
-    ) -> Address:
-        """Where the engines find rank 0; ``world_size`` counts it and every vLLM worker."""
-        given = (transport, dtype, bucket_mb, world_size)
-        addresses = await asyncio.gather(
-            *(w.call(w.handle.open_channel, *given, w.deadlines.sync_s, adapter) for w in self.workers)
+        store: ObjectStore,
+        token_budget: int,
+        restarts: int = 0,
+        channel: Channel | None = None,
+    ) -> None:
+        """``channel`` None: this stage has no engines."""
+        super().__init__(workers, store=store, token_budget=token_budget, restarts=restarts)
+        self.channel = channel
+
+    async def export_average(self, folder: Path) -> None:
+        await all_ranks(w.call(w.handle.export, folder, True) for w in self.workers)
+
+    async def open_channel(self, num_receivers: int) -> Address:
+        """Where so many vLLM workers find rank 0; replaces the channel before."""
+        assert self.channel is not None  # only the rl stage sends weights
+        setting = self.channel
+        addresses = await all_ranks(
+            w.call(
+                w.handle.open_channel,
+                setting.transport,
+                setting.dtype,
+                setting.bucket_mb,
+                1 + num_receivers,
+                w.deadlines.stall_s,
+                setting.adapter,
+                deadline_s=w.deadlines.sync_s,
+            )
+            for w in self.workers
         )
         return addresses[0]
 
     async def send_weights(self, version: int) -> WeightReceipt:
-        receipts = await asyncio.gather(
-            *(w.call(w.handle.send_weights, version, deadline_s=w.deadlines.sync_s) for w in self.workers)
+        receipts = await all_ranks(
+            w.call(w.handle.send_weights, version, deadline_s=w.deadlines.sync_s) for w in self.workers
         )
         return receipts[0]
 
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        answers = await asyncio.gather(*(w.call(w.handle.logprobs, list(tokens)) for w in self.workers))
+        answers = await all_ranks(w.call(w.handle.logprobs, list(tokens)) for w in self.workers)
         return answers[0]
 
 
@@ -277,11 +294,13 @@ class RewardLearnerGroup(LearnerGroup):
 
     async def keep_statistics(self, mean: float, std: float) -> None:
         """Into the configuration of the model that ``export`` writes."""
-        await asyncio.gather(*(w.call(w.handle.keep_statistics, mean, std) for w in self.workers))
+        await all_ranks(w.call(w.handle.keep_statistics, mean, std) for w in self.workers)
 
 
 class RewardGroup(WorkerGroup):
     """Scores finished groups of rollouts. What waits while every worker is busy goes to one in one call."""
+
+    replaceable = True
 
     def __init__(
         self,
@@ -290,19 +309,20 @@ class RewardGroup(WorkerGroup):
         store: ObjectStore,
         token_budget: int,
         weights: Mapping[str, float],
+        restarts: int = 0,
     ) -> None:
         """``weights``: of each reward, by name."""
-        super().__init__(workers, store=store, token_budget=token_budget)
+        super().__init__(workers, store=store, token_budget=token_budget, restarts=restarts)
         self._weights = weights
-        self._coming = Coalescer([partial(self._ask, worker) for worker in self.workers])
+        self._coming = Coalescer([partial(self._judge, worker) for worker in self.workers])
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Raises RewardError for a reward that is missing or not finite."""
         return weigh(rollouts, await self._coming.ask(rollouts), self._weights)
 
-    async def _ask(self, worker: RemoteWorker, rollouts: list[Rollout]) -> list[dict[str, float | None]]:
+    async def _judge(self, worker: RemoteWorker, rollouts: list[Rollout]) -> list[dict[str, float | None]]:
         """{name: reward} of each rollout, None where a reward is missing."""
-        rewards = await worker.call(worker.handle.score_rollouts, rollouts)
+        rewards = await self._ask(worker, worker.handle.score_rollouts, rollouts)
         return [
             {name: values[row] if row < len(values) else None for name, values in rewards.items()}
             for row in range(len(rollouts))

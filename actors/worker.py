@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from actors.vital_signs import VitalSigns
 from orchestrator.roles import Residency
 from orchestrator.work import Work
 
@@ -54,7 +55,7 @@ def settle_heap() -> None:
     gc.freeze()
 
 
-class Worker(ABC):
+class Worker(VitalSigns, ABC):
     """One rank of one role. Subclasses load their model in ``start``."""
 
     role: ClassVar[str]
@@ -125,12 +126,12 @@ class Worker(ABC):
     def describe(self) -> RosterLine:
         return RosterLine(role=self.role, rank=self.rank, pid=os.getpid(), node=socket.gethostname())
 
-    def health(self) -> None:  # noqa: B027
+    def health(self) -> None:
         """Answers when the process is alive and not inside another call."""
 
     def reside(self, level: Residency) -> None:
         """Moves what ``level`` does not need to the host's memory, and what it needs back."""
         raise NotImplementedError(f"{self.role} has no devices that it shares")
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Lets the model go. The process keeps its group to the end: DeepSpeed takes no second one."""

@@ -16,21 +16,21 @@ from actors.fleet import EngineFleet
 from actors.group import (
     ActorGroup,
     LearnerGroup,
-    ObjectStore,
     RewardGroup,
     RewardLearnerGroup,
     ScorerGroup,
     WorkerGroup,
-    spawn,
 )
 from actors.learner import LossFunction
+from actors.object_store import ObjectStore
 from actors.reference import Reference
+from actors.remote_worker import Ward, spawn
 from actors.reward import Judge, RewardLearner
 from actors.weights.wire import ServedAdapter
-from actors.worker import RosterLine
 from launch.cluster import Cluster
-from launch.engines import connect_weights, served_adapter, spawn_engines, turn_takers
+from launch.engines import channel, served_adapter, spawn_engines, turn_takers
 from launch.environment import MODEL_ENV, WORKER_ENV
+from launch.incidents import IncidentLog
 from launch.trainable import reward_adapter
 from orchestrator.config import MODEL, Adapter, Model, Optimizer, Run, Workers
 from orchestrator.placement import Layout
@@ -50,7 +50,10 @@ class Crew:
         self.groups: list[PlacementGroup]
         self.layout, self.groups = cluster.place(roles)
         self.store = ObjectStore()
+        self.incidents = IncidentLog(run.run_dir / "incidents.jsonl")
+        self.ward = Ward(run.run_dir / "stacks", self.incidents, cluster.record, cluster.trace.book)
         self._started: list[Role] = []
+        self.trainers: list[LearnerGroup] = []  # of the rl stage
 
     async def group(self, cls: type, group_cls: Callable[..., G], role: str, **settings: Any) -> G:
         """Starts a role's workers and waits until each has its model."""
@@ -58,21 +61,22 @@ class Crew:
         env = {**WORKER_ENV, **MODEL_ENV, "OMP_NUM_THREADS": str(place.threads)}
         workers = [
             spawn(cls, who=f"{role} rank {rank}", seat=seat, group=self.groups[seat.group], env=env,
-                  deadlines=self.run.deadlines, book=self.cluster.trace.book, **settings)
+                  deadlines=self.run.deadlines, ward=self.ward, **settings)
             for rank, seat in enumerate(self.layout.seats[role])
         ]  # fmt: skip
-        group = group_cls(workers, store=self.store, token_budget=place.micro_batch_tokens)
+        group = group_cls(
+            workers,
+            store=self.store,
+            token_budget=place.micro_batch_tokens,
+            restarts=self.run.recovery.restarts,
+        )
         self.keep(group)
-        await group.start(threads=place.threads, seed=self.run.seed, timeout_s=self.run.deadlines.call_s)
-        self.record(await group.describe())
+        await group.start(threads=place.threads, seed=self.run.seed, timeout_s=self.run.deadlines.stall_s)
         return group
 
     def keep(self, handle: Role) -> None:
         """To be closed with the crew, also when it never finishes starting."""
         self._started.append(handle)
-
-    def record(self, lines: list[RosterLine]) -> None:
-        self.cluster.record(*lines)
 
     async def close(self) -> None:
         """Ends every process of the stage and gives the devices back."""
@@ -117,8 +121,9 @@ class Crew:
         served = served_adapter(self.run, models["actor"])
         if self.run.placement.backbone == "shared":
             return await self._shared(policy, models, served)
+        actors = partial(ActorGroup, channel=channel(self.run, served))
         starts: dict[str, Any] = {
-            "actor": self.group(Actor, ActorGroup, "actor", **policy),
+            "actor": self.group(Actor, actors, "actor", **policy),
             "engine": self.engines(models["actor"], adapter=served),
             "reward": self.reward(models.get("reward")),
         }  # fmt: skip
@@ -138,9 +143,9 @@ class Crew:
                 temperature=temperature,
             )
         handles = await asyncio.gather(*starts.values())
-        roles = Roles(**dict(zip(starts, handles, strict=True)))
-        await connect_weights(self.run, roles.actor, roles.engine, served)
-        return taking_turns(roles, turn_takers(self.run))
+        started = dict(zip(starts, handles, strict=True))
+        self.trainers = [started[name] for name in ("actor", "critic") if name in started]
+        return taking_turns(Roles(**started), turn_takers(self.run))
 
     async def _shared(
         self, policy: dict[str, Any], models: dict[str, str], served: ServedAdapter | None
@@ -154,7 +159,7 @@ class Crew:
         critic = table.critic if "critic" in rl.algorithm.roles() else None
         host, engine = await asyncio.gather(
             self.group(
-                Backbone, BackboneGroup, "actor", **policy,
+                Backbone, partial(BackboneGroup, channel=channel(self.run, served)), "actor", **policy,
                 value_loss=None if critic is None else rl.algorithm.value_loss,
                 value_coef=self.run.placement.value_coef,
                 head_rate=None if critic is None else critic.optimizer.learning_rate,
@@ -170,18 +175,25 @@ class Crew:
             critic=None if critic is None else host.with_critic(),
             reference=BackboneReference(host) if "reference" in rl.algorithm.roles() else None,
         )
-        await connect_weights(self.run, host, engine, served)
+        self.trainers = [host]
         return roles
 
+    async def rebuild_trainers(self, *, all_of_them: bool) -> None:
+        """The groups that lost a rank, or all; with the weights they started from. RestartsSpent."""
+        await asyncio.gather(*(group.rebuild() for group in self.trainers if all_of_them or group.lost))
+
     async def engines(self, model: str, *, adapter: ServedAdapter | None = None) -> EngineFleet:
-        seats = self.layout.seats["engine"]
-        book = self.cluster.trace.book
-        engines = spawn_engines(self.run, model, seats, self.groups, book, adapter=adapter)
-        fleet = EngineFleet(engines, run_seed=self.run.seed)
+        run, seats = self.run, self.layout.seats["engine"]
+        engines = spawn_engines(run, model, seats, self.groups, self.ward, adapter=adapter)
+        fleet = EngineFleet(
+            engines,
+            run_seed=run.seed,
+            workers=run.engine.tensor_parallel,
+            restarts=0 if turn_takers(run) else run.recovery.restarts,  # see docs/recovery.md
+            report=self.incidents,
+        )
         self.keep(fleet)
         await asyncio.gather(*(engine.start() for engine in engines))
-        for lines in await asyncio.gather(*(engine.describe() for engine in engines)):
-            self.record(lines)
         return fleet
 
     async def reward(self, path: str | None) -> RewardGroup:

@@ -98,7 +98,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 def train(argv: Sequence[str]) -> int:
-    """``quartet train RUN... [a.b.c=value ...] [--resume | --fresh]``."""
+    """``quartet train RUN... [a.b.c=value ...] [--resume | --fresh] [--supervise]``."""
     if "-h" in argv or "--help" in argv:
         print(train_help(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), end="")
         return 0
@@ -106,6 +106,11 @@ def train(argv: Sequence[str]) -> int:
     run = resolve(arguments.words)
     if not (run.sft or run.reward_model or run.preference or run.rl):
         raise ValueError("no stage: give at least one of sft, reward_model, preference, rl")
+    if arguments.supervise:
+        from launch import keep_going  # noqa: PLC0415 - only this option needs it
+
+        options = [name for name in ("resume", "fresh") if getattr(arguments, name)]
+        return keep_going.main(arguments.words, options, restarts=run.recovery.restarts)
 
     prepare_environment()
     from launch.run_folder import RunFolder  # noqa: PLC0415
@@ -246,17 +251,19 @@ def train_parser() -> Parser:
     parser = run_parser("train")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--supervise", action="store_true")
     return parser
 
 
 def train_help(*, colour: bool) -> str:
     opening = (
-        "usage: quartet train RUN... [a.b.c=value ...] [--resume | --fresh]\n\n"
+        "usage: quartet train RUN... [a.b.c=value ...] [--resume | --fresh] [--supervise]\n\n"
         f"RUN is a YAML file, or a preset: {', '.join(presets())}.\n"
         "Several RUNs lie on one another, the last on top. Presets of algorithms, to lay on a run:\n"
         f"{textwrap.fill(', '.join(algorithms()), field_help.WIDTH)}.\n"
         "Values are YAML: 0.5, true, null, [1, 2].\n"
         "When run_dir holds a run: --resume goes on from its last checkpoint, --fresh starts over.\n"
+        "--supervise starts it again from there whenever it dies, at most recovery.restarts times an hour.\n"
     )
     return opening + field_help.render(
         [*field_help.run_sections(), *field_help.algorithm_sections(), *field_help.objective_sections()],

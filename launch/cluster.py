@@ -21,6 +21,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors.worker import RosterLine
+from launch.leftovers import end_leftovers
 from launch.submit.startup import mark
 from launch.trace import RunTrace
 from orchestrator.config import Run
@@ -67,6 +68,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message="Zero-copy tensor serialization is enabled")
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        end_leftovers(Path(self._run.run_dir) / "roster.json")
         ray.init(logging_level="warning", log_to_driver=False, **where)
         alive = [node for node in ray.nodes() if node["Alive"]]
         mark("head healthy")
@@ -74,7 +76,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             "nodes joined",
             f"{len(alive)} ({', '.join(sorted(node['NodeManagerAddress'] for node in alive))})",
         )
-        self.record(RosterLine(role="driver", rank=0, pid=os.getpid(), node=socket.gethostname()))
+        self.record([RosterLine(role="driver", rank=0, pid=os.getpid(), node=socket.gethostname())])
         return self
 
     def __exit__(
@@ -112,10 +114,11 @@ class Cluster(AbstractContextManager["Cluster"]):
             remove_placement_group(group)
         self._groups = []
 
-    def record(self, *lines: RosterLine) -> None:
+    def record(self, lines: Sequence[RosterLine]) -> None:
         """Writes the roster anew; a line replaces the one of the same role and rank."""
         taken = {(line.role, line.rank) for line in lines}
-        self._roster = [line for line in self._roster if (line.role, line.rank) not in taken] + list(lines)
+        self._roster = [line for line in self._roster if (line.role, line.rank) not in taken]
+        self._roster += lines
         path = Path(self._run.run_dir) / "roster.json"
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps([asdict(line) for line in self._roster], indent=1))
@@ -124,7 +127,7 @@ class Cluster(AbstractContextManager["Cluster"]):
     def forget(self) -> None:
         """The workers of a stage have ended; the driver stays."""
         self._roster = [line for line in self._roster if line.role == "driver"]
-        self.record()
+        self.record([])
 
     def _refusal(self, plan: Layout) -> str:
         nodes: list[Resources] = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,4 +1,4 @@
-"""Starts the rollout engines and connects the actor's weights to them."""
+"""The rollout engines: one Ray worker per replica, and how weights reach them."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,13 @@ from ray.util.placement_group import PlacementGroup
 from actors.adapter import linear_names
 from actors.engine import EngineWorker
 from actors.engine_params import Device, environment
-from actors.fleet import EngineFleet
-from actors.group import ActorGroup, spawn
 from actors.remote_engine import RemoteEngine
-from actors.weights.wire import ServedAdapter, Transport
+from actors.remote_worker import Ward, spawn
+from actors.weights.wire import Channel, ServedAdapter, Transport
 from launch.environment import WORKER_ENV
 from launch.trainable import skeleton
 from orchestrator.config import Run
 from orchestrator.placement import Seat
-from orchestrator.work import WorkBook
 
 
 def spawn_engines(
@@ -23,17 +21,17 @@ def spawn_engines(
     model: str,
     seats: Sequence[Seat],
     groups: Sequence[PlacementGroup],
-    book: WorkBook,
+    ward: Ward,
     *,
     adapter: ServedAdapter | None = None,
 ) -> list[RemoteEngine]:
-    """One Ray worker per replica; their models load in ``start``. ``adapter``: is all they will be sent."""
+    """Their models load in ``start``. ``adapter``: is all they will be sent."""
     device: Device = "cuda" if run.engine.gpus else "cpu"
     return [
         RemoteEngine(
             spawn(
-                EngineWorker, who=f"engine {index}", seat=seat, group=groups[seat.group],
-                env={**WORKER_ENV, **environment(run.engine, device)}, deadlines=run.deadlines, book=book,
+                EngineWorker, who=f"engine {index}", seat=seat, group=groups[seat.group], ward=ward,
+                env={**WORKER_ENV, **environment(run.engine, device)}, deadlines=run.deadlines,
                 config=run.engine, model=model, revision=run.model.revision, dtype=run.model.dtype,
                 max_length=run.model.max_length, index=index, device=device, transport=transport(run),
                 sleeps=bool(turn_takers(run)),
@@ -69,16 +67,11 @@ def served_adapter(run: Run, base: str) -> ServedAdapter | None:
     return ServedAdapter(rank=adapter.rank, alpha=adapter.alpha, layers=tuple(sorted(ends)))
 
 
-async def connect_weights(
-    run: Run, actor: ActorGroup, engines: EngineFleet, adapter: ServedAdapter | None
-) -> None:
-    """Opens the channel once; every later sync uses it."""
-    world_size = 1 + run.engine.replicas * run.engine.tensor_parallel
-    address = await actor.open_channel(
-        transport(run),
-        run.engine.dtype or run.model.dtype,
+def channel(run: Run, adapter: ServedAdapter | None) -> Channel:
+    """How the actor's weights travel, or the adapter alone."""
+    return Channel(
+        transport=transport(run),
+        dtype=run.engine.dtype or run.model.dtype,
         bucket_mb=run.engine.bucket_mb,
-        world_size=world_size,
         adapter=adapter,
     )
-    await engines.join_weights(address)

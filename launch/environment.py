@@ -17,6 +17,7 @@ MODEL_ENV = {
     "GLIBC_TUNABLES": ":".join(
         f"glibc.malloc.{name}={value}"
         for name, value in {
+            "arena_max": 1,  # Ray runs verbs in a thread; arenas of threads hold no more than 64 MB
             "hugetlb": 1,
             "mmap_threshold": 2**32,
             "trim_threshold": 2**33,

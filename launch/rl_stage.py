@@ -10,12 +10,13 @@ from launch.build import Crew, rl_roles
 from launch.dump import dump
 from launch.graceful import StoppedAfterCheckpoint
 from launch.progress import write_samples
+from launch.recovery import TrainedLog, through_losses
 from launch.run_folder import StageResult
 from launch.session import Session
 from launch.tracking import read_metrics
 from orchestrator import metrics as names
 from orchestrator.batch import Batch, Prompt, ScoredRollout, StopReason
-from orchestrator.checkpoint import Checkpoints, Retention
+from orchestrator.checkpoint import Checkpoints, Retention, step_of
 from orchestrator.config import RL, Run
 from orchestrator.data import PromptSet
 from orchestrator.driver_state import DriverState
@@ -53,11 +54,16 @@ async def _run(session: Session, rl: RL, prompts: PromptSet, models: dict[str, s
         roles = timed(await crew.rl(models), timeline)
         ledger = Ledger(prompts.prompts, seed=run.seed)
         journal = Journal(session, rl, roles, ledger, timeline)
-        start = await journal.restore()
-        await train(
-            rl, roles, ledger, observer=journal, probe=probe_of(prompts.prompts, run), start=start,
-            seed=run.seed, pad_id=session.materials.pad_id,
-        )  # fmt: skip
+
+        async def go_on() -> None:
+            ledger.forget()
+            start = await journal.restore()
+            await train(
+                rl, roles, ledger, observer=journal, probe=probe_of(prompts.prompts, run), start=start,
+                seed=run.seed, pad_id=session.materials.pad_id,
+            )  # fmt: skip
+
+        await through_losses(go_on, crew, journal)
         folder = session.folder.path / "model"
         await roles.actor.export(folder)
         result: StageResult = {"model": str(folder), "steps": rl.steps, "checkpoint": str(journal.newest)}
@@ -98,10 +104,14 @@ class Journal:
         self.causes: set[str] = set()  # of log-probs out of range, already spoken of
         self.stop = session.stop
         self.newest: Path | None = None
+        self.trained = TrainedLog(self.folder / "trained.jsonl")
+        self.state: DriverState | None = None  # after the last step; None: as restored
         self.accuracies: dict[str, float] = {}
 
     async def restore(self) -> DriverState:
-        """What to go on from; step 0 on a fresh run."""
+        """What to go on from; step 0 on a fresh run. Again after a loss: what was under way then is void."""
+        self.state = None
+        await self.checkpoints.abandon()
         found = self.checkpoints.latest()
         if found is None:
             if has_rl_steps(self.session.folder.path):
@@ -119,6 +129,7 @@ class Journal:
         return DriverState.restored(manifest.driver)
 
     async def started(self, step: int) -> None:
+        self.trained.cut(step)
         if step == 0:
             await self._evaluate(step, "accuracy_before")
         self.timeline.end_step()
@@ -127,6 +138,8 @@ class Journal:
         self, state: DriverState, groups: Sequence[Sequence[ScoredRollout]], batch: Batch, metrics: Metrics
     ) -> None:
         times, step = self.timeline.end_step(), state.step
+        self.trained.add(step, self.ledger.history)
+        self.state = state
         scored = [sample for group in groups for sample in group]
         truncated = sum(s.rollout.stop is StopReason.LENGTH for s in scored) / len(scored)
         figures = {
@@ -169,6 +182,15 @@ class Journal:
                 f"cause: {cause} (orchestrator/mismatch.py)"
             )
 
+    async def save_now(self) -> None:
+        """What the last step left, where no checkpoint has it yet."""
+        if self.state is None:
+            return
+        step = self.state.step
+        await self._written(self.checkpoints.finish(), step)
+        if self.newest is None or step_of(self.newest) != step:
+            await self._save(self.state, {}, final=True)
+
     async def _milestones(self, state: DriverState, figures: Metrics) -> None:
         """Saves before it evaluates, which may fail, unless the save needs the figure."""
         step = state.step
@@ -189,6 +211,7 @@ class Journal:
         metric, checkpoints = self.rl.best_metric, self.checkpoints
         score = None if metric is None else figures.get(metric)
         learners, ledger = dict(self.roles.learners()), self.ledger.state()
+        self.trained.sync()  # a checkpoint never knows more than the log
         await self._written(checkpoints.finish(), state.step)  # the one before
         await self._written(checkpoints.save(state, learners, ledger, score=score), state.step, final=final)
         if final:

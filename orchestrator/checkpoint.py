@@ -40,7 +40,7 @@ class Manifest:
     """Everything a resume needs beside the learners' own files."""
 
     step: int
-    ledger: dict[str, Any]
+    ledger: dict[str, Any]  # Ledger.state()
     driver: dict[str, Any]  # DriverState.plain()
     files: dict[str, str]  # relative path -> sha256
     score: float | None = None  # what "best" compares, the higher the better; None: not measured
@@ -146,6 +146,13 @@ class Checkpoints:
         await asyncio.gather(*(learner.saved(wait=True) for learner in pending.learners.values()))
         return await asyncio.to_thread(self._seal, pending)
 
+    async def abandon(self) -> None:
+        """Forgets the save under way, some of whose learners are gone; who still writes is waited for."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            writing = (learner.saved(wait=True) for learner in pending.learners.values())
+            await asyncio.gather(*writing, return_exceptions=True)
+
     def _seal(self, pending: _Pending) -> Path:
         """From files to a checkpoint, in this order and no other."""
         draft, disk = pending.draft, self._disk
@@ -218,6 +225,11 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.read((folder / MANIFEST).read_bytes().decode())
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be trusted: {error}") from error
+
+
+def step_of(folder: Path) -> int:
+    """"step-00000012" and "step-00000012+" -> 12."""
+    return int(folder.name.removeprefix("step-").rstrip("+"))
 
 
 def files_of(folder: Path) -> Iterator[Path]:

@@ -4,17 +4,24 @@ A uid is "epoch/row/sample". Everything random about a sample derives from the r
 same run draws the same samples however many engines it has, in whatever order they finish, and after a
 resume.
 
-Prompts are handed out in one fixed order; a step settles the oldest of them. The ledger's whole state is
-therefore one number: how many prompts are settled. A prompt that was out but not settled when the run died is
-handed out again under the same uid and seed.
+Prompts are handed out in one fixed order; a step settles the oldest of them. A prompt is
+
+    planned    not handed out, or handed out again after a loss
+    running    handed out; when the run dies it is planned again, under the same uid and seed
+    finished   its group waits to be trained on; a checkpoint keeps it
+    settled    a step used it up
+
+The ledger's state is therefore one number, how many prompts are settled, and the finished groups.
 """
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from orchestrator.batch import Prompt
+from orchestrator.finished import Group, plain, restored
 
 
 def sample_seed(run_seed: int, uid: str) -> int:
@@ -39,8 +46,19 @@ class Ledger:
             raise ValueError("the prompt set is empty; give rl.prompts at least one row")
         self._prompts = prompts
         self._seed = seed
+        self.forget()
+
+    def forget(self) -> None:
+        """As if nothing had been trained: before the state of a checkpoint is restored."""
         self._num_settled = 0
         self._history: list[Settled] = []
+        self._finished: dict[str, Group] = {}  # by the uid of the prompt
+
+    async def once(self, prompt: Prompt, sample: Callable[[], Awaitable[Group]]) -> Group:
+        """The prompt's group: the one that is finished, or the answer of ``sample``, finished from now on."""
+        if prompt.uid not in self._finished:
+            self._finished[prompt.uid] = await sample()
+        return self._finished[prompt.uid]
 
     def prompts(self) -> Iterator[Prompt]:
         """From the first unsettled prompt on; never ends."""
@@ -55,6 +73,8 @@ class Ledger:
 
     def settle(self, prompts: Sequence[Prompt], step: int) -> None:
         """The step that used these prompts up has been published."""
+        for prompt in prompts:
+            self._finished.pop(prompt.uid, None)
         self._history += [Settled(uid=prompt.uid, step=step) for prompt in prompts]
         self._num_settled += len(prompts)
 
@@ -63,10 +83,12 @@ class Ledger:
         """What this process has settled, oldest first."""
         return self._history
 
-    def state(self) -> dict[str, int]:
-        return {"num_settled": self._num_settled, "num_prompts": len(self._prompts), "seed": self._seed}
+    def state(self) -> dict[str, Any]:
+        counts = {"num_settled": self._num_settled, "num_prompts": len(self._prompts), "seed": self._seed}
+        finished = {uid: plain(group) for uid, group in self._finished.items()}
+        return {**counts, "finished": finished} if finished else dict(counts)
 
-    def restore(self, state: dict[str, int]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the state belongs to another prompt set or seed: the order would differ."""
         for name, mine in (("num_prompts", len(self._prompts)), ("seed", self._seed)):
             if state[name] != mine:
@@ -74,4 +96,6 @@ class Ledger:
                     f"the checkpoint's ledger has {name}={state[name]}, this run {mine}; "
                     "resume with the same prompts and seed"
                 )
+        self.forget()
         self._num_settled = state["num_settled"]
+        self._finished = {uid: restored(rows) for uid, rows in state.get("finished", {}).items()}

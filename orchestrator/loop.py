@@ -63,7 +63,7 @@ async def train(  # noqa: PLR0913 - a run, by name
     await observer.started(state.step)
 
     async def sampled(prompt: Prompt) -> list[ScoredRollout]:
-        return await sample(prompt, rl, roles)
+        return await ledger.once(prompt, lambda: sample(prompt, rl, roles))
 
     slots = (rl.staleness + 1) * rl.prompts_per_step
     async with RolloutStream(ledger.prompts(), sampled, slots=slots) as stream:

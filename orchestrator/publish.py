@@ -35,17 +35,17 @@ class Probe:
 
 
 async def publish(roles: Roles, version: int, probe: Probe) -> "asyncio.Task[dict[str, float]]":
-    """Sends the weights; returns when versions and checksums agree, with the probe under way.
+    """Sends the weights; returns when versions and checksums agree and the engines serve them, with the probe
+    under way. In two phases: no engine serves before it is known what each of them holds.
 
     The answer is a task: generation starts while the probe runs. Await it before anything sampled is used; it
     gives ``sync_mb`` and ``probe_diff`` for the log. Both raise WeightSyncError.
     """
-    sent, received = await asyncio.gather(
-        roles.actor.send_weights(version), roles.engine.receive_weights(version)
-    )
-    for receipt in received:
-        check_receipt(sent, receipt)
-    return asyncio.create_task(prove(roles, probe, num_bytes=sent.num_bytes))
+    pairs = await roles.engine.prepare_weights(roles.actor, version)
+    for sent, received in pairs:
+        check_receipt(sent, received)
+    await roles.engine.commit_weights(version)
+    return asyncio.create_task(prove(roles, probe, num_bytes=pairs[0][0].num_bytes if pairs else 0))
 
 
 async def prove(roles: Roles, probe: Probe, *, num_bytes: int) -> dict[str, float]:
@@ -53,8 +53,8 @@ async def prove(roles: Roles, probe: Probe, *, num_bytes: int) -> dict[str, floa
     mine, theirs = await asyncio.gather(
         roles.actor.logprobs(probe.tokens), roles.engine.logprobs(probe.tokens)
     )
-    diff = max(check_probe(mine, engine, probe, index) for index, engine in enumerate(theirs))
-    return {"sync_mb": num_bytes / 2**20, "probe_diff": diff}
+    diffs = [check_probe(mine, engine, probe, index) for index, engine in enumerate(theirs)]
+    return {"sync_mb": num_bytes / 2**20, "probe_diff": max(diffs, default=0.0)}
 
 
 def check_receipt(sent: WeightReceipt, received: WeightReceipt) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from orchestrator.batch import Batch, Minibatch, Prompt, Rollout, ScoredRollout
 
@@ -99,6 +99,10 @@ class Learner(Scorer, Protocol):
 
 
 class Policy(Learner, PolicyScorer, Protocol):
+    async def open_channel(self, num_receivers: int) -> Any:
+        """Where so many receivers find the weights: for the engines to read, not for the driver."""
+        ...
+
     async def send_weights(self, version: int) -> WeightReceipt: ...
     async def export_average(self, folder: Path) -> None:
         """As ``export``, of the moving average of the weights; only where rl.ema_decay keeps one."""
@@ -111,12 +115,19 @@ class Policy(Learner, PolicyScorer, Protocol):
 
 class Engine(Role, Protocol):
     async def generate(self, prompt: Prompt, num_samples: int, sampling: Sampling) -> list[Rollout]: ...
-    async def receive_weights(self, version: int) -> list[WeightReceipt]:
-        """One receipt for each worker of each engine, after the new weights are in force."""
+    async def prepare_weights(
+        self, policy: Policy, version: int
+    ) -> list[tuple[WeightReceipt, WeightReceipt]]:
+        """The policy sends, all engines receive, and none of them serves yet. For each worker of each engine
+        that has the new weights: what was sent and what arrived. An engine that fails is left out."""
+        ...
+
+    async def commit_weights(self, version: int) -> None:
+        """The engines that have the new weights serve them."""
         ...
 
     async def logprobs(self, tokens: Sequence[int]) -> list[list[float]]:
-        """For each engine what ``Policy.logprobs`` says of the same tokens."""
+        """For each engine that serves what ``Policy.logprobs`` says of the same tokens."""
         ...
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from orchestrator.batch import Batch, Minibatch, Prompt, Rollout, ScoredRollout
 from orchestrator.roles import (
@@ -106,6 +106,10 @@ class TimedPolicy(TimedLearner[Policy]):
         with self.timeline.span(self.name, Phase.SAVE):
             await self.handle.export_average(folder)
 
+    async def open_channel(self, num_receivers: int) -> Any:
+        with self.timeline.span(self.name, Phase.SYNC):
+            return await self.handle.open_channel(num_receivers)
+
     async def send_weights(self, version: int) -> WeightReceipt:
         with self.timeline.span(self.name, Phase.SYNC):
             return await self.handle.send_weights(version)
@@ -120,9 +124,15 @@ class TimedEngine(_Timed[Engine]):
         with self.timeline.span(self.name, Phase.GENERATE):
             return await self.handle.generate(prompt, num_samples, sampling)
 
-    async def receive_weights(self, version: int) -> list[WeightReceipt]:
+    async def prepare_weights(
+        self, policy: Policy, version: int
+    ) -> list[tuple[WeightReceipt, WeightReceipt]]:
         with self.timeline.span(self.name, Phase.SYNC):
-            return await self.handle.receive_weights(version)
+            return await self.handle.prepare_weights(policy, version)
+
+    async def commit_weights(self, version: int) -> None:
+        with self.timeline.span(self.name, Phase.SYNC):
+            await self.handle.commit_weights(version)
 
     async def logprobs(self, tokens: Sequence[int]) -> list[list[float]]:
         with self.timeline.span(self.name, Phase.PROBE):

@@ -26,7 +26,9 @@ class Turn(Enum):
     SYNC = auto()
 
 
-ENGINE_VERBS = {"generate": Turn.SAMPLE, "logprobs": Turn.SAMPLE, "receive_weights": Turn.SYNC}
+ENGINE_VERBS = {"generate": Turn.SAMPLE, "logprobs": Turn.SAMPLE} | dict.fromkeys(
+    ("prepare_weights", "commit_weights"), Turn.SYNC
+)
 MODEL_VERBS = dict.fromkeys(
     ("score", "score_rollouts", "distributions", "update", "save", "load", "export", "export_average"),
     Turn.TRAIN,

@@ -52,9 +52,17 @@ class FakeEngine(Alive):
         await asyncio.sleep(random.random() * 0.003)
         return [rollout(p, k, version=version) for k in range(num_samples)]
 
-    async def receive_weights(self, version):
+    async def prepare_weights(self, policy, version):
+        sent = await policy.send_weights(version)
+        return [
+            (
+                sent,
+                WeightReceipt(version=version, checksums={"w": self.checksum}, who="engine 0", num_bytes=4),
+            )
+        ]
+
+    async def commit_weights(self, version):
         self.version = version
-        return [WeightReceipt(version=version, checksums={"w": self.checksum}, who="engine 0", num_bytes=4)]
 
     async def logprobs(self, tokens):
         return [[-1.0] * (len(tokens) - 1)]

@@ -17,7 +17,7 @@ from orchestrator.configfile import load_run, write_run
 from orchestrator.settings import Settings
 
 RL = ["model.path=x", "rl.steps=3", "roles.reward.function=exact_match"]
-MAX_KNOBS = 181
+MAX_KNOBS = 184
 
 every_algorithm = pytest.mark.parametrize("name", plugins.names("orchestrator.algorithms"))
 

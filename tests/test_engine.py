@@ -45,7 +45,9 @@ class Rig:
     async def sync(self) -> tuple[WeightReceipt, list[WeightReceipt]]:
         self.version += 1
         send = asyncio.to_thread(self.sender.send, self.actor.named_parameters(), self.version)
-        return await asyncio.gather(send, self.engine.receive_weights(self.version))
+        sent, received = await asyncio.gather(send, self.engine.receive_weights(self.version))
+        await self.engine.commit_weights(self.version)
+        return sent, received
 
     def generate(self, *, samples: int = 4, **sampling: float) -> list[Rollout]:
         seeds = list(range(100, 100 + samples))

@@ -187,10 +187,8 @@ def test_an_engine_that_computes_with_other_weights_stops_the_run():
 
 def test_a_rollout_of_an_older_version_than_allowed_never_enters_a_batch():
     class Frozen(FakeEngine):
-        async def receive_weights(self, version):
-            receipts = await super().receive_weights(version)
+        async def commit_weights(self, version):
             self.version = 0
-            return receipts
 
     with pytest.raises(StaleRolloutError, match=r"weight versions 0 to 0; rl\.staleness=1 allows 1 to 2"):
         run(settings(staleness=1), fake_roles(engine=Frozen()))

@@ -50,7 +50,8 @@ def test_distributions_too_large_for_the_driver_are_refused_with_the_number(tmp_
 class Worker:
     """Answers for each rollout the number of its sample, and for sample 9 nothing."""
 
-    handle = SimpleNamespace(score_rollouts=None)
+    handle = SimpleNamespace(score_rollouts=SimpleNamespace(_method_name="score_rollouts"))
+    incarnation = 0
 
     def __init__(self):
         self.calls = []

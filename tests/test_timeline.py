@@ -115,8 +115,11 @@ class Ticking:
     async def send_weights(self, version):
         return await self._tick(version)
 
-    async def receive_weights(self, version):
+    async def prepare_weights(self, policy, version):
         return await self._tick([version])
+
+    async def commit_weights(self, version):
+        await self._tick()
 
     async def logprobs(self, tokens):
         return await self._tick([-1.0])
@@ -132,7 +135,8 @@ async def test_each_verb_of_a_timed_role_is_in_its_phase_and_answers_as_before()
     roles = timed(Roles(actor=role, engine=role, reward=role, critic=role, reference=role), timeline)
 
     assert await roles.engine.generate(prompt(), 2, None) == [prompt()] * 2
-    assert await roles.engine.receive_weights(3) == [3]
+    assert await roles.engine.prepare_weights(roles.actor, 3) == [3]
+    await roles.engine.commit_weights(3)
     assert await roles.engine.logprobs([1, 2]) == [-1.0]
     assert await roles.actor.send_weights(3) == 3
     assert await roles.actor.logprobs([1, 2]) == [-1.0]
@@ -149,7 +153,7 @@ async def test_each_verb_of_a_timed_role_is_in_its_phase_and_answers_as_before()
         Phase.REWARD: 1,
         Phase.SCORE: 2,
         Phase.UPDATE: 1,
-        Phase.SYNC: 2,
+        Phase.SYNC: 3,
         Phase.PROBE: 2,
         Phase.SAVE: 3,
         Phase.LOAD: 1,

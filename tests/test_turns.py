@@ -49,7 +49,8 @@ def shared(devices):
     whole, weights = Residency.AWAKE, Residency.WEIGHTS
     return fake_roles(
         engine=on(
-            devices, "engine", FakeEngine, generate=whole, logprobs=whole, receive_weights=weights
+            devices, "engine", FakeEngine, generate=whole, logprobs=whole, prepare_weights=weights,
+            commit_weights=weights,
         ),
         actor=on(
             devices, "actor", FakeLearner, update=whole, score_rollouts=whole, send_weights=weights,

@@ -92,7 +92,11 @@ class GlooSender(Sending):
         if self._address is None:
             raise RuntimeError("send() before open(): the engines do not know this sender")
         pairs = agreed(named, self._address.tensors)
-        checksums = {name: 0 for name, _ in pairs} if self._rank else self._broadcast(pairs, version)
+        try:
+            checksums = {name: 0 for name, _ in pairs} if self._rank else self._broadcast(pairs, version)
+        except RuntimeError:  # a receiver is gone
+            self._let_go(pairs)
+            raise
         return WeightReceipt(
             version=version,
             checksums=checksums,
@@ -120,6 +124,13 @@ class GlooSender(Sending):
         next(pairs, None)  # lets `agreed` see that nothing is left over
         return resolve(digests)
 
+    def _let_go(self, pairs: Iterator[tuple[str, Tensor]]) -> None:
+        """The other receivers learn at once that nothing comes any more; the other ranks of the actor, which
+        gather tensor by tensor with this one, reach their end."""
+        self.close()
+        for _ in pairs:
+            pass
+
     def _joined(self) -> ProcessGroupGloo:
         if self._group is None:
             assert self._store is not None and self._address is not None
@@ -127,4 +138,7 @@ class GlooSender(Sending):
         return self._group
 
     def close(self) -> None:
+        """Who still waits for this end learns of it."""
+        if self._group is not None:
+            self._group.abort()
         self._group = self._store = self._address = None

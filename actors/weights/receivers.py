@@ -6,12 +6,14 @@ checksum of every tensor as it arrived. vLLM's own life cycle stays: layers are 
 start, loaded one by one, and put back at the end.
 """
 
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroupGloo
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -25,6 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from actors.vital_signs import die_with_parent
 from actors.weights import gloo
 from actors.weights.checksum import digest, resolve
 from actors.weights.served_adapter import serve_adapter
@@ -148,6 +151,9 @@ class TappedReceiver(WeightTransferEngine[ReceiverInit, ReceiverUpdate]):
         """Passes every tensor to ``self.model.load_weights``; returns the version that the sender sent."""
         raise NotImplementedError
 
+    def let_go(self) -> None:
+        """After a failure: whoever still waits for this end learns of it, where the transport can say so."""
+
     def rank(self) -> int:
         parallel = self.parallel_config
         return self.address.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
@@ -165,6 +171,8 @@ def refresh_embeddings(model: torch.nn.Module) -> None:
 
 
 class GlooReceiver(TappedReceiver):
+    _group: ProcessGroupGloo | None = None
+
     def join(self) -> None:
         at = self.address
         self._store = gloo.connect(at.host, at.port, at.timeout_s)  # must outlive the group
@@ -177,6 +185,11 @@ class GlooReceiver(TappedReceiver):
         pairs = gloo.receive(self._group, self._buckets, self._dtype)
         self.model.load_weights((name, tensor.to(self.device)) for name, tensor in pairs)
         return sent
+
+    def let_go(self) -> None:
+        if self._group is not None:
+            self._group.abort()
+        self.shutdown()
 
     def shutdown(self) -> None:
         self._group = self._store = None
@@ -194,13 +207,23 @@ class WorkerExtension:
 
     def apply_weight_update(self, version: int) -> dict[str, Any]:
         """vLLM's three verbs of an update in one call, so that no step can fall between them; or the
-        adapter's."""
-        if self.weight_transfer_engine.address.adapter is not None:
-            self.weight_transfer_engine.receive_adapter(version, self.model_runner.lora_manager)
-        else:
-            self.start_weight_update()
+        adapter's.
+
+        After a failure the layers are put back too, some with old and some with new weights: nobody may be
+        served, but a whole update finds the model as it expects it.
+        """
+        receiver = self.weight_transfer_engine
+        if receiver.address.adapter is not None:
+            receiver.receive_adapter(version, self.model_runner.lora_manager)
+            return {"worker": self.rank, **receiver.receipt()}
+        self.start_weight_update()
+        try:
             self.update_weights({"version": version})
+        except Exception:
+            receiver.let_go()
             self.finish_weight_update()
+            raise
+        self.finish_weight_update()
         return {"worker": self.rank, **self.weight_transfer_engine.receipt()}
 
 
@@ -214,3 +237,5 @@ def register() -> None:
 
 
 register()
+if multiprocessing.parent_process() is not None:  # one of vLLM's processes, which outlive a killed engine
+    die_with_parent()

@@ -41,6 +41,16 @@ class ServedAdapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Channel:
+    """How weights travel: what a sender is opened with, every time."""
+
+    transport: Transport
+    dtype: str  # the engine's: tensors are cast before they travel
+    bucket_mb: int
+    adapter: ServedAdapter | None = None  # is all that travels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Address:
     """Where the sender waits and what it will send; everything an engine needs to join."""
 

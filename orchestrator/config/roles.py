@@ -158,3 +158,16 @@ class Deadlines(Settings):
     """One score, update, save or generate call."""
     sync_s: PositiveFloat = 300
     """One weight sync."""
+    stall_s: PositiveFloat = 120
+    """A collective, or a call in which its worker makes no progress; the stacks of all workers are then
+    written to stacks/ in the run directory and the worker is ended."""
+    silence_s: PositiveFloat = 10
+    """A worker that gives no sign of life for so long is ended and counts as dead."""
+
+
+class Recovery(Settings):
+    """What happens when a process dies."""
+
+    restarts: NonNegativeInt = 3
+    """Of each engine, reward or reference worker and of the trainers, within an hour; after the last the run
+    writes a checkpoint, where its trainers live, and ends with status 75."""

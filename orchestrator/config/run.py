@@ -12,7 +12,15 @@ from orchestrator.config.data import Task
 from orchestrator.config.evaluate import Evaluate
 from orchestrator.config.model import Model
 from orchestrator.config.rl import RL
-from orchestrator.config.roles import MODEL, Deadlines, EngineConfig, Placement, RewardRole, RoleTable
+from orchestrator.config.roles import (
+    MODEL,
+    Deadlines,
+    EngineConfig,
+    Placement,
+    Recovery,
+    RewardRole,
+    RoleTable,
+)
 from orchestrator.config.stages import Preference, RewardModel, Sft
 from orchestrator.config.trained import Trained, check_adapters, trained_with
 from orchestrator.settings import Settings
@@ -66,6 +74,8 @@ class Run(Settings):
     """Which roles share devices."""
     deadlines: Deadlines = Deadlines()
     """Longest waits."""
+    recovery: Recovery = Recovery()
+    """What happens when a process dies."""
     tracking: Tracking = Tracking()
     """Where metrics go."""
 

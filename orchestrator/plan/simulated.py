@@ -29,7 +29,7 @@ from orchestrator.ledger import sample_seed
 from orchestrator.plan.service import Service
 from orchestrator.plan.virtual import Place
 from orchestrator.plan.workload import Workload
-from orchestrator.roles import Metrics, Residency, Sampling, WeightReceipt
+from orchestrator.roles import Metrics, Policy, Residency, Sampling, WeightReceipt
 
 CHUNKS = 24  # looks of an engine at its queue in the longest response; more only cost time
 
@@ -125,6 +125,9 @@ class SimulatedPolicy(SimulatedLearner):
     def __init__(self, seats: Seats, service: Service, optimizer: Optimizer, *, engines: int) -> None:
         super().__init__(seats, service, optimizer)
         self.engines = engines
+
+    async def open_channel(self, num_receivers: int) -> None:
+        pass
 
     async def send_weights(self, version: int) -> WeightReceipt:
         await self.seats.work(self.service.sync(self.engines), "sync")
@@ -267,10 +270,15 @@ class SimulatedFleet(_Alive):
         self.generated += sum(lengths)
         return [_rollout(prompt, k, length, version) for k, length in enumerate(lengths)]
 
-    async def receive_weights(self, version: int) -> list[WeightReceipt]:
-        await asyncio.gather(*(engine.update(self.sync_s) for engine in self.engines))
+    async def prepare_weights(
+        self, policy: Policy, version: int
+    ) -> list[tuple[WeightReceipt, WeightReceipt]]:
+        updates = asyncio.gather(*(engine.update(self.sync_s) for engine in self.engines))
+        sent, _ = await asyncio.gather(policy.send_weights(version), updates)
+        return [(sent, WeightReceipt(version=version, checksums={}, who="engine", num_bytes=0))]
+
+    async def commit_weights(self, version: int) -> None:
         self.version = version
-        return [WeightReceipt(version=version, checksums={}, who="engine", num_bytes=0)]
 
     async def logprobs(self, tokens: Sequence[int]) -> list[list[float]]:
         """A request of one token among the others, on every engine."""

@@ -1,0 +1,204 @@
+"""Plain workers behind a real Ray are killed, stopped and stalled: how soon it is seen, and what follows."""
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import pytest
+import ray
+from ray.util.placement_group import placement_group
+
+from actors.errors import WorkerLost
+from actors.group import WorkerGroup
+from actors.object_store import ObjectStore
+from actors.remote_worker import RemoteWorker, Ward, spawn
+from actors.vital_signs import ProcessGone, Pulse, VitalSigns
+from actors.worker import RosterLine
+from orchestrator.config import Deadlines
+from orchestrator.incidents import Incident, RestartsSpent
+from orchestrator.placement import Seat
+from orchestrator.work import WorkBook
+
+pytestmark = pytest.mark.ray
+DEADLINES = Deadlines(start_s=60, call_s=40, silence_s=2, stall_s=4)
+
+
+class Slow(VitalSigns):
+    """Answers after a while with its pid; ``spin`` works meanwhile, ``wait`` does not."""
+
+    verbs: ClassVar[dict] = {}
+
+    def describe(self) -> RosterLine:
+        return RosterLine(role="slow", rank=0, pid=os.getpid(), node=os.uname().nodename)
+
+    def rendezvous(self) -> tuple[str, int]:
+        return "127.0.0.1", 1
+
+    def setup(self, *settings) -> None:
+        """Nothing to load."""
+
+    def wait(self, seconds: float) -> int:
+        time.sleep(seconds)
+        return os.getpid()
+
+    def spin(self, seconds: float) -> int:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            pass
+        return os.getpid()
+
+    def half_dead(self) -> None:
+        raise ProcessGone("a child is gone")
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Group(WorkerGroup):
+    replaceable = True
+
+    async def wait(self, seconds: float) -> list[int]:
+        return await asyncio.gather(*(self._ask(w, w.handle.wait, seconds) for w in self.workers))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    root = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # read when ray is imported, which another test has done
+        ray.init(
+            num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=root
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def bundle(cluster):
+    group = placement_group([{"CPU": 1}])
+    assert group.wait(30)
+    return group
+
+
+@pytest.fixture
+def incidents() -> list[Incident]:
+    return []
+
+
+@pytest.fixture
+def ward(tmp_path: Path, incidents: list[Incident]) -> Ward:
+    return Ward(tmp_path / "stacks", incidents.append, lambda lines: None, WorkBook())
+
+
+def worker(ward: Ward, bundle, who: str = "slow rank 0") -> RemoteWorker:
+    seat = Seat(group=0, bundle=0, resources={"CPU": 0.25})
+    return spawn(Slow, who=who, seat=seat, group=bundle, env={}, deadlines=DEADLINES, ward=ward)
+
+
+async def group_of(ward: Ward, bundle, *, size: int = 1, restarts: int = 1) -> Group:
+    workers = [worker(ward, bundle, f"slow rank {k}") for k in range(size)]
+    group = Group(workers, store=ObjectStore(), token_budget=1, restarts=restarts)
+    await group.start(threads=1, seed=0, timeout_s=1)
+    return group
+
+
+async def test_a_killed_worker_is_seen_at_once_and_its_successor_is_asked_again(
+    ward, bundle, incidents
+) -> None:
+    group = await group_of(ward, bundle)
+    pid = group.workers[0].pid
+    answer = asyncio.create_task(group.wait(1))
+    await asyncio.sleep(0.3)
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    while not incidents:
+        await asyncio.sleep(0.01)
+    assert time.monotonic() - killed < 1
+    assert (await answer)[0] != pid
+    assert [incident.kind for incident in incidents] == ["lost", "recovered"]
+    assert f"pid {pid}" not in incidents[0].who and incidents[0].pid == pid
+    os.kill(group.workers[0].pid, signal.SIGKILL)
+    with pytest.raises(RestartsSpent, match="slow rank 0 has no restarts left"):
+        await group.wait(1)
+    await group.close()
+
+
+async def test_a_stopped_worker_is_found_by_its_silence_killed_by_pid_and_named(
+    ward, bundle, incidents, tmp_path
+) -> None:
+    group = await group_of(ward, bundle, size=2)
+    slow = group.workers[0]
+    pid, name = slow.pid, slow.name
+    answer = asyncio.create_task(slow.call(slow.handle.spin, 20))
+    await asyncio.sleep(0.5)
+    os.kill(pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    with pytest.raises(WorkerLost) as lost:
+        await answer
+    assert time.monotonic() - stopped < 2 * DEADLINES.silence_s + 3
+    assert name in str(lost.value) and "in spin" in str(lost.value)
+    with pytest.raises(psutil.NoSuchProcess):
+        for _ in range(100):
+            psutil.Process(pid)
+            await asyncio.sleep(0.05)
+    (stacks,) = (tmp_path / "stacks").iterdir()
+    assert "slow rank 1" in stacks.read_text() and "no stacks" in stacks.read_text()
+    await group.close()
+
+
+async def test_work_is_no_stall_and_waiting_for_ever_is_one(ward, bundle) -> None:
+    group = await group_of(ward, bundle)
+    slow = group.workers[0]
+    assert await slow.call(slow.handle.spin, DEADLINES.stall_s + 3) == slow.pid
+    with pytest.raises(WorkerLost, match=r"made no progress for 4 s; it was in wait .* stacks in"):
+        await slow.call(slow.handle.wait, 30)
+    await group.close()
+
+
+async def test_a_call_past_its_deadline_ends_the_worker(ward, bundle) -> None:
+    group = await group_of(ward, bundle)
+    slow = group.workers[0]
+    with pytest.raises(WorkerLost, match="did not answer spin within 1 s"):
+        await slow.call(slow.handle.spin, 20, deadline_s=1)
+    with pytest.raises(WorkerLost, match="did not answer spin"):  # it stays lost
+        await slow.call(slow.handle.wait, 0)
+    slow.revive()
+    assert await slow.call(slow.handle.wait, 0) > 0
+    await group.close()
+
+
+async def test_late_answers_of_a_process_that_was_given_up_are_dropped_and_counted(
+    ward, bundle, incidents
+) -> None:
+    group = await group_of(ward, bundle)
+    slow = group.workers[0]
+    answer = asyncio.create_task(slow.call(slow.handle.wait, 1))
+    await asyncio.sleep(0.3)
+    slow.lose("was thought to be dead")
+    with pytest.raises(WorkerLost, match="thought to be dead"):
+        await answer
+    await asyncio.sleep(1.2)
+    assert [incident.kind for incident in incidents] == ["lost", "late answer"]
+    await group.close()
+
+
+async def test_a_worker_that_says_a_part_of_it_is_gone_is_lost(ward, bundle) -> None:
+    group = await group_of(ward, bundle)
+    slow = group.workers[0]
+    with pytest.raises(WorkerLost, match="a child is gone"):
+        await slow.call(slow.handle.half_dead)
+    assert slow.lost
+    await group.close()
+
+
+def test_a_pulse_counts_work_and_stacks_name_the_function() -> None:
+    signs = VitalSigns()
+    before = signs.pulse()
+    assert isinstance(before, Pulse) and before.stopped == ()
+    sum(range(3_000_000))
+    assert signs.pulse().progress > before.progress
+    assert "test_a_pulse_counts_work" in signs.stacks()

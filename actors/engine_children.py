@@ -1,17 +1,14 @@
 """vLLM's processes beneath an engine: which they are, that they live, that they get on."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import psutil
 
 from actors.vital_signs import ProcessGone, Pulse
 
-if TYPE_CHECKING:
-    from vllm.v1.engine.async_llm import AsyncLLM
 
-
-def processes(llm: "AsyncLLM") -> list[int]:
+def processes(llm: Any) -> list[int]:
     """vLLM's engine core and what it started; not Python's resource tracker, which ends by itself."""
     cores = [psutil.Process(process.pid) for process in llm.engine_core.resources.engine_manager.processes]
     return sorted(p.pid for core in cores for p in [core, *core.children(recursive=True)])

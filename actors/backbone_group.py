@@ -14,7 +14,9 @@ from pathlib import Path
 from ray.actor import ActorMethod
 from torch import Tensor
 
-from actors.group import ActorGroup, LearnerGroup, RemoteWorker, RoleError, ScorerGroup
+from actors.errors import RoleError
+from actors.group import ActorGroup, LearnerGroup, ScorerGroup
+from actors.remote_worker import RemoteWorker
 from orchestrator.batch import Batch, Minibatch, Rollout, ScoredRollout
 from orchestrator.coalesce import Coalescer
 from orchestrator.collate import collate_examples
@@ -86,7 +88,9 @@ def figures_of(role: str, metrics: Metrics) -> Metrics:
 
 
 class Guest(ScorerGroup):
-    """A role in another's workers."""
+    """A role in another's workers, which are lost and replaced together with their state."""
+
+    replaceable = False
 
     def __init__(self, host: BackboneGroup) -> None:
         super().__init__(host.workers, store=host._store, token_budget=host._token_budget)
@@ -130,13 +134,13 @@ class BackboneReward(Guest):
         """``weights``: of each reward by name; ``functions``: the names of those that are functions."""
         super().__init__(host)
         self._weights, self._functions = weights, functions
-        self._rollouts = Coalescer([self._ask])
+        self._rollouts = Coalescer([self._judged])
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:  # type: ignore[override]
         """Raises RewardError for a reward that is missing or not finite."""
         return weigh(rollouts, await self._rollouts.ask(rollouts), self._weights)
 
-    async def _ask(self, rollouts: list[Rollout]) -> list[dict[str, float | None]]:
+    async def _judged(self, rollouts: list[Rollout]) -> list[dict[str, float | None]]:
         """{name: reward} of each rollout."""
         found: dict[str, list[float]] = {}
         first = self.workers[0]

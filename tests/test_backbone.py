@@ -12,7 +12,8 @@ from transformers import AutoModelForSequenceClassification
 from actors.backbone import Backbone
 from actors.backbone_group import Meeting, figures_of
 from actors.critic import Critic
-from actors.group import LearnerGroup, RoleError
+from actors.errors import RoleError
+from actors.group import LearnerGroup
 from actors.reference import Reference
 from actors.reward import Judge, RewardLearner
 from orchestrator.batch import Examples, Loss, PolicyOutput

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors.group import ObjectStore, RewardGroup
+from actors.group import RewardGroup
+from actors.object_store import ObjectStore
 from launch import prepare
 from launch.build import rl_roles
 from launch.train import rl_models

@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 
 from actors.fleet import EngineFleet
-from actors.group import ActorGroup, RewardGroup, ScorerGroup, spawn
+from actors.group import ActorGroup, RewardGroup, ScorerGroup
 from actors.remote_engine import RemoteEngine
+from actors.remote_worker import spawn
+from actors.weights.wire import Channel
 from launch.bench.driver import SAMPLES_PER_PROMPT, Watch, rl_of, run
 from launch.bench.result import Figure
 from launch.bench.simulated import Service, SimulatedEngine, SimulatedJudge, SimulatedLearner, serving
@@ -80,16 +82,17 @@ async def simulated_roles(run_: Run, crew: Crew) -> Roles:
         RemoteEngine(
             spawn(
                 engine, who=f"engine {index}", seat=seat, group=crew.groups[seat.group], env=WORKER_ENV,
-                deadlines=run_.deadlines, book=crew.cluster.trace.book, index=index,
+                deadlines=run_.deadlines, ward=crew.ward, index=index,
             )
         )
         for index, seat in enumerate(crew.layout.seats["engine"])
     ]  # fmt: skip
+    channel = Channel(transport="gloo", dtype="float32", bucket_mb=1)
     fleet = EngineFleet(engines, run_seed=0)
     crew.keep(fleet)
     await asyncio.gather(*(one.start() for one in engines))
     actor, reference, reward = await asyncio.gather(
-        crew.group(learner, ActorGroup, "actor"),
+        crew.group(learner, partial(ActorGroup, channel=channel), "actor"),
         crew.group(learner, ScorerGroup, "reference"),
         crew.group(judge, partial(RewardGroup, weights={"simulated": 1.0}), "reward"),
     )

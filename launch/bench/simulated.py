@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from actors.weights.wire import Address
+from actors.vital_signs import VitalSigns
+from actors.weights.wire import Address, ServedAdapter, Transport
 from actors.worker import RosterLine, Worker
 from orchestrator.batch import Batch, Minibatch, Prompt, Rollout, ScoredRollout, StopReason
 from orchestrator.roles import Metrics, Sampling, WeightReceipt
@@ -62,7 +63,7 @@ def columns(asked: tuple[int, ...], length: int, first: int, version: int) -> Co
 _known_columns = lru_cache(maxsize=4)(columns)
 
 
-class SimulatedEngine:
+class SimulatedEngine(VitalSigns):
     """An ``EngineWorker`` to the fleet."""
 
     verbs: ClassVar[dict[str, Work]] = {
@@ -110,6 +111,9 @@ class SimulatedEngine:
         self._version = version
         return [receipt(version, f"engine {self._index} worker 0")]
 
+    async def commit_weights(self, version: int) -> None:
+        pass
+
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
         return [-1.0] * (len(tokens) - 1)
 
@@ -146,6 +150,17 @@ class SimulatedLearner(Worker):
         time.sleep(self.service.update_s)
         return {"loss": 0.0}
 
+    def open_channel(
+        self,
+        transport: Transport,
+        dtype: str,
+        bucket_mb: int,
+        world_size: int,
+        timeout_s: float,
+        adapter: ServedAdapter | None,
+    ) -> Address:
+        return address(world_size)
+
     def send_weights(self, version: int) -> WeightReceipt:
         return receipt(version, "actor rank 0")
 
@@ -172,6 +187,14 @@ def serving(cls: Any, service: Service) -> Any:
     return type(cls.__name__, (cls,), {"service": service})
 
 
+def address(world_size: int) -> Address:
+    """Where nobody sends anything."""
+    return Address(
+        transport="gloo", host="", port=0, world_size=world_size, dtype="float32", bucket_bytes=0, timeout_s=0,
+        tensors=(),
+    )  # fmt: skip
+
+
 def receipt(version: int, who: str) -> WeightReceipt:
     return WeightReceipt(version=version, checksums={"weights": version}, who=who, num_bytes=0)
 
@@ -193,6 +216,9 @@ class Here:
 
     async def update(self, minibatch: Minibatch) -> Metrics:
         return {"loss": 0.0}
+
+    async def open_channel(self, num_receivers: int) -> Address:
+        return address(1 + num_receivers)
 
     async def send_weights(self, version: int) -> WeightReceipt:
         return receipt(version, "actor rank 0")

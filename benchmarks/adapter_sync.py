@@ -62,6 +62,7 @@ async def measure(actor, model, receive, rank, syncs):
         sent, (received,) = await asyncio.gather(
             asyncio.to_thread(actor.send_weights, version), engine.receive_weights(version)
         )
+        await engine.commit_weights(version)
         seconds.append(time.perf_counter() - begin)
         check_receipt(sent, received)
     pairs = zip(await engine.logprobs(PROBE), actor.logprobs(PROBE), strict=True)

@@ -44,6 +44,7 @@ def test_an_engine_that_is_sent_only_the_adapter_samples_from_the_actor(tmp_path
         )
         assert sent.num_bytes == 4 * sum(p.numel() for p in trained) and len(received) == 1
         check_receipt(sent, received[0])
+        await engine.commit_weights(version)
 
     async def scenario() -> None:
         await engine.start()

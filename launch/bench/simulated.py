@@ -190,8 +190,8 @@ def serving(cls: Any, service: Service) -> Any:
 def address(world_size: int) -> Address:
     """Where nobody sends anything."""
     return Address(
-        transport="gloo", host="", port=0, world_size=world_size, dtype="float32", bucket_bytes=0, timeout_s=0,
-        tensors=(),
+        transport="gloo", host="", port=0, world_size=world_size, dtype="float32", bucket_bytes=0,
+        timeout_s=0, tensors=(),
     )  # fmt: skip
 
 

@@ -89,6 +89,7 @@ class EngineFleet:
         self._joined: list[Member] = []  # members of the open channel, in the order of their ranks
         self._prepared: list[Member] = []  # who has weights that are not committed
         self._policy: Policy | None = None  # who sent weights last
+        self._sender_lost: WorkerLost | None = None  # the policy was lost while it brought weights
         self._version: int | None = None  # that the fleet serves; None: that of the model folder
         self._level = Residency.AWAKE  # of all engines
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,6 +114,8 @@ class EngineFleet:
     async def _freest(self) -> Member:
         async with self._changed:
             while not (serving := self._in(State.SERVING)):
+                if self._sender_lost is not None:
+                    raise self._sender_lost  # nobody can bring an engine back: the driver must know
                 self._require_one()
                 await self._changed.wait()
         return min(serving, key=lambda member: member.asked)
@@ -139,7 +142,7 @@ class EngineFleet:
         """What was sent and what arrived, for each worker of each engine that has the weights; none serves
         them yet. Empty when all engines are retired: ``generate`` says so."""
         async with self._syncing:
-            self._policy = policy
+            self._policy, self._sender_lost = policy, None
             while members := await self._reachable():
                 if pairs := await self._transfer(policy, members, version):
                     return pairs
@@ -266,8 +269,12 @@ class EngineFleet:
                 return
             try:
                 pairs = await self._transfer(self._policy, [member], self._version)
-            except (MovedOn, WorkerLost):
-                return  # the policy has other weights by now, or is lost itself: a sync for all will follow
+            except MovedOn:
+                return  # a sync for all will follow
+            except WorkerLost as lost:
+                self._sender_lost = lost
+                await self._enter([], State.WAITING)  # who waits learns of it
+                return
             except RoleError as error:
                 self._lose(member, error)
                 return

@@ -222,6 +222,28 @@ async def test_a_successor_that_the_policy_has_left_behind_waits_for_the_next_sy
     assert engines[0].serves and engines[0].version == 2
 
 
+async def test_a_policy_that_dies_while_it_brings_a_successor_its_weights_is_no_hang() -> None:
+    engines = [FakeEngine("engine 0")]
+    fleet, _ = fleet_of(engines)
+    policy = FakePolicy(engines)
+    await sync(fleet, policy, 1)
+    engines[0].gate.clear()
+    answer = asyncio.create_task(fleet.generate(prompt(0), 1, SAMPLING))
+    await asyncio.sleep(0.01)
+
+    async def dead(num_receivers: int) -> Address:
+        raise WorkerLost("actor rank 0 died in open_channel")
+
+    policy.open_channel = dead
+    engines[0].kill()
+    with pytest.raises(WorkerLost, match="actor rank 0 died"):
+        await asyncio.wait_for(answer, 5)
+    rebuilt = FakePolicy(engines)
+    await sync(fleet, rebuilt, 1)
+    assert engines[0].serves
+    assert len(await fleet.generate(prompt(0), 1, SAMPLING)) == 1
+
+
 async def test_an_engine_that_dies_in_a_sync_is_left_out_and_nobody_serves_half_of_one() -> None:
     engines = [FakeEngine(f"engine {k}", open=True) for k in range(3)]
     fleet, incidents = fleet_of(engines)

@@ -127,7 +127,7 @@ class Actor(Learner):
         backend = self.backend
         try:
             if version < self._sent or (version == self._sent and self._trained):
-                raise PolicyMovedOn(f"the weights of version {version} have been trained since they were sent")
+                raise PolicyMovedOn(f"the weights of version {version} were trained on since they were sent")
             backend.check_finite()
         except (PolicyMovedOn, NonFiniteStateError):
             self.sender.close()  # the receivers, which wait already, learn that nothing comes

@@ -1,5 +1,8 @@
 """What a call to a worker ends with when it ends without an answer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from actors.vital_signs import NoWeights, PolicyMovedOn
 
 
@@ -20,3 +23,15 @@ class MovedOn(RoleError):
 
 
 FROM_INSIDE = {NoWeights: NotServing, PolicyMovedOn: MovedOn}  # what a worker says -> what its caller catches
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """A worker's OSError is the driver's too: a full disk is no broken worker."""
+    try:
+        yield
+    except RoleError as error:
+        cause = getattr(error.__cause__, "cause", None)
+        if isinstance(cause, OSError):
+            raise OSError(str(error)) from error
+        raise

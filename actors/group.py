@@ -8,8 +8,7 @@ group puts them into the object store and every worker of every role reads the s
 """
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from ray.actor import ActorMethod
 from torch import Tensor
 
 from actors.budget import Budget
-from actors.errors import RoleError, WorkerLost
+from actors.errors import WorkerLost, disk_errors
 from actors.object_store import ObjectStore
 from actors.remote_worker import RemoteWorker
 from actors.weights.wire import Address, Channel
@@ -179,18 +178,6 @@ class ScorerGroup(WorkerGroup):
         gathered = torch.empty_like(answers)
         gathered[rows] = answers
         return gathered
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """A worker's OSError is the driver's too: a full disk is no broken worker."""
-    try:
-        yield
-    except RoleError as error:
-        cause = getattr(error.__cause__, "cause", None)
-        if isinstance(cause, OSError):
-            raise OSError(str(error)) from error
-        raise
 
 
 class LearnerGroup(ScorerGroup):

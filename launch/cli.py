@@ -125,9 +125,7 @@ def train(argv: Sequence[str]) -> int:
 def config(argv: Sequence[str]) -> int:
     """``quartet config RUN... [a.b.c=value ...]``."""
     if "-h" in argv or "--help" in argv:
-        print(
-            "usage: quartet config RUN... [a.b.c=value ...]\n\nPrints the run with every default filled in."
-        )
+        print("usage: quartet config RUN... [a.b.c=value ...]\n\nPrints the run, every default filled in.")
         return 0
     arguments = run_parser("config").parse_intermixed_args(argv)
     print(run_as_yaml(resolve(arguments.words)), end="")
@@ -137,9 +135,7 @@ def config(argv: Sequence[str]) -> int:
 def evaluate(argv: Sequence[str]) -> int:
     """``quartet evaluate RUN... [a.b.c=value ...]``."""
     if "-h" in argv or "--help" in argv:
-        print(
-            "usage: quartet evaluate RUN... [a.b.c=value ...]\n\nMeasures what `evaluate:` of the run names."
-        )
+        print("usage: quartet evaluate RUN... [a.b.c=value ...]\n\nMeasures what its `evaluate:` names.")
         return 0
     arguments = run_parser("evaluate").parse_intermixed_args(argv)
     run = resolve(arguments.words)

@@ -8,6 +8,7 @@ driver and the engines stay.
 """
 
 import json
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from itertools import takewhile
@@ -17,7 +18,7 @@ from typing import Protocol
 from actors.errors import WorkerLost
 from launch.build import Crew
 from launch.graceful import StoppedAfterCheckpoint
-from orchestrator.durable import Disk, replace_durably
+from orchestrator.durable import replace_durably
 from orchestrator.incidents import Incident, RestartsSpent
 from orchestrator.ledger import Settled
 
@@ -51,25 +52,39 @@ async def through_losses(go_on: Callable[[], Awaitable[None]], crew: Crew, journ
 
 
 class TrainedLog:
-    """trained.jsonl: {"step", "uids"} of every step that counts; a step that is done again is there once."""
+    """trained.jsonl: {"step", "uids"} of every step that counts; a step that is done again is there once.
+
+    A step counts once a checkpoint holds it. So the lines are written when one is: before it, so that no
+    checkpoint knows more than the log, which a resume cuts to the checkpoint.
+    """
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._coming: list[str] = []  # since the last checkpoint
 
     def add(self, step: int, history: Sequence[Settled]) -> None:
         """``history``: of the ledger, whose last entries are of this step."""
         last = takewhile(lambda settled: settled.step == step, reversed(history))
         uids = [settled.uid for settled in last][::-1]
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as stream:
-            stream.write(json.dumps({"step": step, "uids": uids}) + "\n")
+        self._coming.append(json.dumps({"step": step, "uids": uids}) + "\n")
 
-    def sync(self) -> None:
-        """What was added is on disk."""
-        Disk().sync(self._file)
+    def write(self) -> None:
+        """What was added is on disk. OSError: the disk is full, and the next call writes it all."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("ab", buffering=0) as stream:
+            before, left = stream.tell(), "".join(self._coming).encode()
+            try:
+                while left:
+                    left = left[stream.write(left) :]
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(before)
+                raise
+        self._coming = []
 
     def cut(self, step: int) -> None:
         """Forgets what came after ``step``, and a line that was torn."""
+        self._coming = []
         if not self._file.exists():
             return
         whole = [line for line in self._file.read_text().splitlines() if line.endswith("}")]

@@ -208,14 +208,16 @@ class Journal:
             await self._evaluate_if_due(step)
 
     async def _save(self, state: DriverState, figures: Metrics, *, final: bool) -> None:
-        metric, checkpoints = self.rl.best_metric, self.checkpoints
-        score = None if metric is None else figures.get(metric)
-        learners, ledger = dict(self.roles.learners()), self.ledger.state()
-        self.trained.sync()  # a checkpoint never knows more than the log
-        await self._written(checkpoints.finish(), state.step)  # the one before
-        await self._written(checkpoints.save(state, learners, ledger, score=score), state.step, final=final)
+        score = None if self.rl.best_metric is None else figures.get(self.rl.best_metric)
+        await self._written(self.checkpoints.finish(), state.step)  # the one before
+        await self._written(self._checkpoint(state, score), state.step, final=final)
         if final:
-            await self._written(checkpoints.finish(), state.step, final=True)
+            await self._written(self.checkpoints.finish(), state.step, final=True)
+
+    async def _checkpoint(self, state: DriverState, score: float | None) -> Path | None:
+        self.trained.write()
+        learners, ledger = dict(self.roles.learners()), self.ledger.state()
+        return await self.checkpoints.save(state, learners, ledger, score=score)
 
     async def _written(self, work: Awaitable[Path | None], step: int, *, final: bool = False) -> None:
         """A full disk is said, and the run goes on with the checkpoints it has; MAX_FAILED_SAVES times in a

@@ -228,7 +228,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def step_of(folder: Path) -> int:
-    """"step-00000012" and "step-00000012+" -> 12."""
+    """12 of step-00000012, and of step-00000012+."""
     return int(folder.name.removeprefix("step-").rstrip("+"))
 
 

@@ -29,28 +29,30 @@ class Notes(list):
         pass
 
 
-def go(folder, rl, roles, *, stop=None, notes=None):
-    """One run of the stage over ``folder``, resumed where it was; answers its journal and its notes."""
-    notes = Notes() if notes is None else notes
+def journal_of(folder, rl, roles, *, stop=None, notes=None):
     folder.mkdir(exist_ok=True)
-    tracker = Tracker(folder / "metrics.jsonl")
     session = SimpleNamespace(
-        folder=SimpleNamespace(path=folder), progress=notes, tracker=tracker,
+        folder=SimpleNamespace(path=folder), progress=Notes() if notes is None else notes,
+        tracker=Tracker(folder / "metrics.jsonl"),
         materials=SimpleNamespace(heldout_prompts=None, judge=None), cluster=Quiet(),
         stop=stop or StopRequest(),
     )  # fmt: skip
-    ledger = Ledger([prompt(row) for row in range(7)], seed=3)
-    journal = Journal(session, rl, roles, ledger, Timeline())
+    return Journal(session, rl, roles, Ledger([prompt(row) for row in range(7)], seed=3), Timeline())
+
+
+def go(folder, rl, roles, *, stop=None, notes=None):
+    """One run of the stage over ``folder``, resumed where it was; answers its journal and its notes."""
+    journal = journal_of(folder, rl, roles, stop=stop, notes=notes)
 
     async def run():
         start = await journal.restore()
-        await train(rl, roles, ledger, observer=journal, probe=PROBE, start=start, seed=0, pad_id=0)
+        await train(rl, roles, journal.ledger, observer=journal, probe=PROBE, start=start, seed=0, pad_id=0)
 
     try:
         asyncio.run(asyncio.wait_for(run(), 30))
     finally:
-        tracker.close()
-    return journal, notes
+        journal.session.tracker.close()
+    return journal, journal.session.progress
 
 
 class Quiet:
@@ -77,6 +79,10 @@ def test_a_run_resumes_from_its_newest_checkpoint_and_keeps_what_it_was_told(tmp
     journal, notes = go(tmp_path, rl.model_copy(update={"steps": 7}), roles)
     assert notes[0].startswith("resumed from step 5") and roles.actor.updates == 7 * 4
     assert names(tmp_path)[-1] == journal.newest.name == "step-00000007"
+    trained = [json.loads(line) for line in (tmp_path / "rl" / "trained.jsonl").read_text().splitlines()]
+    order = Ledger([prompt(row) for row in range(7)], seed=3).prompts()
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6, 7]
+    assert [uid for line in trained for uid in line["uids"]] == [next(order).uid for _ in range(7 * 4)]
 
 
 def test_a_resumed_run_trains_the_prompts_it_would_have_trained(tmp_path):
@@ -105,6 +111,40 @@ def test_a_damaged_checkpoint_is_passed_over_aloud_and_none_at_all_is_said_too(t
         folder.rename(tmp_path / folder.name)
     _, notes = go(tmp_path, rl, fake_roles())
     assert "WARNING" in notes[0] and "begins again at step 1" in notes[0]
+
+
+class Slow(FakeLearner):
+    """Writes in the background, and is lost before it has; ``rebuilt`` knows nothing of it."""
+
+    rebuilt = False
+
+    async def save(self, folder, background=False):
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("")
+
+    async def saved(self, wait=False):
+        return self.rebuilt
+
+
+async def test_a_save_that_was_under_way_when_a_trainer_was_lost_is_void(tmp_path):
+    rl = settings(steps=9, save_every=1, checkpoints_in_background=True)
+    roles = fake_roles(actor=Slow())
+    journal = journal_of(tmp_path, rl, roles)
+    state = await journal.restore()
+    journal.state = state = replace(state, step=1)
+    await journal._save(state, {}, final=False)
+    roles.actor.rebuilt = True
+    assert (await journal.restore()).step == 0  # not from half a checkpoint
+    await journal.save_now()  # nothing was trained since: nothing to save
+    assert await journal.checkpoints.finish() is None and journal.newest is None
+
+
+async def test_the_last_checkpoint_is_of_the_last_step_and_is_written_once(tmp_path):
+    journal = journal_of(tmp_path, settings(steps=9), fake_roles())
+    journal.state = replace(await journal.restore(), step=4)
+    await journal.save_now()
+    await journal.save_now()
+    assert names(tmp_path) == ["step-00000004"] and journal.newest.name == "step-00000004"
 
 
 class FullDisk(FakeLearner):

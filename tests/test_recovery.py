@@ -80,12 +80,33 @@ def test_a_step_that_is_done_again_is_in_the_log_once_and_a_torn_line_is_forgott
     history = [Settled(uid=f"0/{row}", step=1 + row // 2) for row in range(6)]
     for step in (1, 2, 3):
         log.add(step, history[: 2 * step])
+    log.write()
+    log.add(4, [Settled(uid="0/9", step=4)])  # no checkpoint has this step
     with (tmp_path / "rl" / "trained.jsonl").open("a") as file:
         file.write('{"step": 4, "ui')
     log.cut(2)
     log.add(3, history)
+    log.write()
     lines = [json.loads(line) for line in (tmp_path / "rl" / "trained.jsonl").read_text().splitlines()]
     assert lines == [{"step": k, "uids": [f"0/{2 * k - 2}", f"0/{2 * k - 1}"]} for k in (1, 2, 3)]
+
+
+def test_a_full_disk_leaves_the_log_as_it_was_and_the_next_write_has_all_of_it(tmp_path, monkeypatch):
+    log = TrainedLog(tmp_path / "trained.jsonl")
+    log.add(1, [Settled(uid="0/1", step=1)])
+    log.write()
+    log.add(2, [Settled(uid="0/2", step=2)])
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            log.write()
+    assert (tmp_path / "trained.jsonl").read_text() == '{"step": 1, "uids": ["0/1"]}\n'
+    log.write()
+    assert len((tmp_path / "trained.jsonl").read_text().splitlines()) == 2
 
 
 def test_leftovers_of_a_killed_driver_are_ended_and_nobody_else(tmp_path):

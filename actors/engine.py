@@ -22,9 +22,9 @@ import psutil
 
 from actors.engine_children import processes, pulse_of, require
 from actors.engine_params import Device, drawing, environment, is_eager, reading, tokenizer_and_ends
-from actors.vital_signs import NoWeights, ProcessGone, Pulse, VitalSigns
+from actors.vital_signs import NoWeights, ProcessGone, Pulse, RosterLine, VitalSigns
 from actors.weights.wire import Address, ServedAdapter, Transport
-from actors.worker import RosterLine, settle_heap
+from actors.worker import settle_heap
 from orchestrator.batch import Prompt, Rollout, StopReason
 from orchestrator.config import EngineConfig
 from orchestrator.roles import Residency, Sampling, WeightReceipt

@@ -29,8 +29,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.errors import FROM_INSIDE, RoleError, WorkerLost
 from actors.recording import Working, recorded
-from actors.vital_signs import VITAL, ProcessGone, Pulse, VitalSigns
-from actors.worker import RosterLine
+from actors.vital_signs import VITAL, ProcessGone, Pulse, RosterLine, VitalSigns
 from orchestrator.config import Deadlines
 from orchestrator.incidents import Incident, Report, RestartsSpent
 from orchestrator.placement import Seat

@@ -1,5 +1,5 @@
-"""What a worker process says of itself while its main call runs: that it lives, that it gets on, where it
-stands.
+"""What a worker process says of itself: who it is, and while its main call runs, that it lives, that it gets
+on, where it stands.
 
 ``pulse`` and ``stacks`` run in a thread of their own (Ray's concurrency group ``VITAL``), so they answer
 while an update or a generation is under way. A stopped process answers nothing.
@@ -27,6 +27,17 @@ class NoWeights(RuntimeError):
 
 class PolicyMovedOn(RuntimeError):
     """The weights of the version that was asked for are no more: the policy has been trained since."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RosterLine:
+    """One process of the run, for roster.json; ``incarnation`` counts those that held this role and rank."""
+
+    role: str
+    rank: int
+    pid: int
+    node: str
+    incarnation: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

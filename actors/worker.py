@@ -14,7 +14,6 @@ import os
 import random
 import socket
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import ClassVar
 
@@ -22,20 +21,9 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from actors.vital_signs import VitalSigns
+from actors.vital_signs import RosterLine, VitalSigns
 from orchestrator.roles import Residency
 from orchestrator.work import Work
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RosterLine:
-    """One process of the run, for roster.json; ``incarnation`` counts those that held this role and rank."""
-
-    role: str
-    rank: int
-    pid: int
-    node: str
-    incarnation: int = 0
 
 
 def own_address() -> str:

@@ -20,7 +20,7 @@ from typing import Any, Self
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from actors.worker import RosterLine
+from actors.vital_signs import RosterLine
 from launch.leftovers import end_leftovers
 from launch.submit.startup import mark
 from launch.trace import RunTrace

@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import psutil
 import pytest
@@ -16,46 +15,15 @@ from actors.errors import WorkerLost
 from actors.group import WorkerGroup
 from actors.object_store import ObjectStore
 from actors.remote_worker import RemoteWorker, Ward, spawn
-from actors.vital_signs import ProcessGone, Pulse, VitalSigns
-from actors.worker import RosterLine
+from actors.vital_signs import Pulse, VitalSigns
 from orchestrator.config import Deadlines
 from orchestrator.incidents import Incident, RestartsSpent
 from orchestrator.placement import Seat
 from orchestrator.work import WorkBook
+from tests.slow_worker import Slow
 
 pytestmark = pytest.mark.ray
 DEADLINES = Deadlines(start_s=60, call_s=40, silence_s=2, stall_s=4)
-
-
-class Slow(VitalSigns):
-    """Answers after a while with its pid; ``spin`` works meanwhile, ``wait`` does not."""
-
-    verbs: ClassVar[dict] = {}
-
-    def describe(self) -> RosterLine:
-        return RosterLine(role="slow", rank=0, pid=os.getpid(), node=os.uname().nodename)
-
-    def rendezvous(self) -> tuple[str, int]:
-        return "127.0.0.1", 1
-
-    def setup(self, *settings) -> None:
-        """Nothing to load."""
-
-    def wait(self, seconds: float) -> int:
-        time.sleep(seconds)
-        return os.getpid()
-
-    def spin(self, seconds: float) -> int:
-        ends = time.monotonic() + seconds
-        while time.monotonic() < ends:
-            pass
-        return os.getpid()
-
-    def half_dead(self) -> None:
-        raise ProcessGone("a child is gone")
-
-    def close(self) -> None:
-        """Nothing to end."""
 
 
 class Group(WorkerGroup):

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from actors.vital_signs import VitalSigns
+from actors.vital_signs import RosterLine, VitalSigns
 from actors.weights.wire import Address, ServedAdapter, Transport
-from actors.worker import RosterLine, Worker
+from actors.worker import Worker
 from orchestrator.batch import Batch, Minibatch, Prompt, Rollout, ScoredRollout, StopReason
 from orchestrator.roles import Metrics, Sampling, WeightReceipt
 from orchestrator.work import Work

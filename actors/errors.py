@@ -14,12 +14,27 @@ class WorkerLost(RoleError):
     """The process is gone; a successor can do what it was asked."""
 
 
+class CollectiveBroken(WorkerLost):
+    """Another rank died or never came: this one, which waited for it, cannot go on either."""
+
+
 class NotServing(RoleError):
     """An engine waits for whole weights; another one, or the same one later, can do what it was asked."""
 
 
 class MovedOn(RoleError):
     """The policy has been trained since it had the weights that were asked for."""
+
+
+GLOO_SAYS = ("/gloo/", "pair closure")  # its errors have no class of their own
+OF_THE_CHANNEL = {"send_weights", "receive_weights"}  # breaks when an engine dies, and is opened anew
+
+
+def broke_collective(cause: BaseException | None, verb: str) -> bool:
+    """Whether a rank's group is broken; NCCL's watchdog ends the process instead."""
+    if verb in OF_THE_CHANNEL or not isinstance(cause, RuntimeError):
+        return False
+    return any(mark in str(cause) for mark in GLOO_SAYS)
 
 
 FROM_INSIDE = {NoWeights: NotServing, PolicyMovedOn: MovedOn}  # what a worker says -> what its caller catches

@@ -8,16 +8,17 @@ group puts them into the object store and every worker of every role reads the s
 """
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from ray.actor import ActorMethod
 from torch import Tensor
 
+from actors.all_ranks import all_ranks
 from actors.budget import Budget
 from actors.errors import WorkerLost, disk_errors
 from actors.object_store import ObjectStore
@@ -30,26 +31,6 @@ from orchestrator.collate import collate_examples
 from orchestrator.examples import Unit
 from orchestrator.rewards import weigh
 from orchestrator.roles import Metrics, Residency, WeightReceipt
-
-T = TypeVar("T")
-LOSS_SHOWS_S = 5.0  # after a rank failed, for which another is waited for that may be the cause
-
-
-async def all_ranks(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """The answers of all ranks. When one fails, the loss of another, which comes a moment later, is the
-    cause and is raised instead."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        if any(not task.done() or task.exception() for task in tasks):
-            await asyncio.wait(tasks, timeout=LOSS_SHOWS_S)
-    finally:
-        for task in tasks:
-            task.cancel()
-    errors = [task.exception() for task in tasks if task.done() and not task.cancelled()]
-    for error in sorted(filter(None, errors), key=lambda e: not isinstance(e, WorkerLost)):
-        raise error
-    return [task.result() for task in tasks]
 
 
 class WorkerGroup:

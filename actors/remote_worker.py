@@ -27,7 +27,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.errors import FROM_INSIDE, RoleError, WorkerLost
+from actors.errors import FROM_INSIDE, CollectiveBroken, RoleError, WorkerLost, broke_collective
 from actors.recording import Working, recorded
 from actors.vital_signs import VITAL, ProcessGone, Pulse, RosterLine, VitalSigns
 from orchestrator.config import Deadlines
@@ -124,11 +124,23 @@ class RemoteWorker:
         finally:
             self._verbs.pop(answer, None)  # a successor knows nothing of it
         if answer.done():
+            if why := self._broken(answer, verb):
+                await self._stalled(f"failed in {verb}: {why}")
+                raise CollectiveBroken(self._loss().result())
             return self._outcome(answer, verb, lost)
         answer.add_done_callback(self._late)
         if not lost.done():
             await self._stalled(f"did not answer {verb} within {limit:g} s")
         raise WorkerLost(lost.result())
+
+    def _broken(self, answer: asyncio.Future[Any], verb: str) -> str:
+        """What a rank says whose collective failed."""
+        error = answer.exception()
+        return (
+            str(error.cause)
+            if isinstance(error, RayTaskError) and broke_collective(error.cause, verb)
+            else ""
+        )
 
     def _outcome(self, answer: asyncio.Future[Any], verb: str, lost: asyncio.Future[str]) -> Any:
         """``lost``: the loss of the process that was asked."""

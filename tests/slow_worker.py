@@ -1,7 +1,9 @@
 """A worker without a model, that another process can start in half a second: it imports no torch."""
 
 import os
+import socket
 import time
+from datetime import timedelta
 from typing import ClassVar
 
 from actors.vital_signs import ProcessGone, RosterLine, VitalSigns
@@ -36,3 +38,32 @@ class Slow(VitalSigns):
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+class Ranked(Slow):
+    """Adds numbers up with its fellow ranks; ``skip`` leaves them alone."""
+
+    def setup(self, rank: int, world: int, host: str, port: int, *settings) -> None:
+        import torch.distributed as dist
+
+        self.limit_s = settings[-1]
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://{host}:{port}", rank=rank, world_size=world,
+            timeout=timedelta(seconds=self.limit_s),
+        )  # fmt: skip
+
+    def rendezvous(self) -> tuple[str, int]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return free.getsockname()
+
+    def total(self, skip: bool) -> float:
+        import torch
+        import torch.distributed as dist
+
+        if skip:
+            time.sleep(4 * self.limit_s)
+            return 0.0
+        number = torch.ones(1)
+        dist.all_reduce(number)
+        return float(number)

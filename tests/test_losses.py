@@ -11,8 +11,9 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group
 
-from actors.errors import WorkerLost
-from actors.group import WorkerGroup
+from actors.all_ranks import all_ranks
+from actors.errors import WorkerLost, broke_collective
+from actors.group import LearnerGroup, WorkerGroup
 from actors.object_store import ObjectStore
 from actors.remote_worker import RemoteWorker, Ward, spawn
 from actors.vital_signs import Pulse, VitalSigns
@@ -20,7 +21,7 @@ from orchestrator.config import Deadlines
 from orchestrator.incidents import Incident, RestartsSpent
 from orchestrator.placement import Seat
 from orchestrator.work import WorkBook
-from tests.slow_worker import Slow
+from tests.slow_worker import Ranked, Slow
 
 pytestmark = pytest.mark.ray
 DEADLINES = Deadlines(start_s=60, call_s=40, silence_s=2, stall_s=4)
@@ -31,6 +32,13 @@ class Group(WorkerGroup):
 
     async def wait(self, seconds: float) -> list[int]:
         return await asyncio.gather(*(self._ask(w, w.handle.wait, seconds) for w in self.workers))
+
+
+class Trainers(LearnerGroup):
+    """Rank 1 may stay away."""
+
+    async def total(self, skips: bool) -> list[float]:
+        return await all_ranks(w.call(w.handle.total, skips and k == 1) for k, w in enumerate(self.workers))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,9 +70,9 @@ def ward(tmp_path: Path, incidents: list[Incident]) -> Ward:
     return Ward(tmp_path / "stacks", incidents.append, lambda lines: None, WorkBook())
 
 
-def worker(ward: Ward, bundle, who: str = "slow rank 0") -> RemoteWorker:
+def worker(ward: Ward, bundle, who: str = "slow rank 0", cls: type = Slow) -> RemoteWorker:
     seat = Seat(group=0, bundle=0, resources={"CPU": 0.25})
-    return spawn(Slow, who=who, seat=seat, group=bundle, env={}, deadlines=DEADLINES, ward=ward)
+    return spawn(cls, who=who, seat=seat, group=bundle, env={}, deadlines=DEADLINES, ward=ward)
 
 
 async def group_of(ward: Ward, bundle, *, size: int = 1, restarts: int = 1) -> Group:
@@ -163,6 +171,31 @@ async def test_a_worker_that_says_a_part_of_it_is_gone_is_lost(ward, bundle) -> 
     await group.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "skips a collective"])
+async def test_a_broken_collective_names_its_rank_and_the_group_is_built_anew(
+    ward, bundle, tmp_path, how
+) -> None:
+    """FAULTS 3, 27."""
+    workers = [worker(ward, bundle, f"slow rank {k}", Ranked) for k in range(2)]
+    group = Trainers(workers, store=ObjectStore(), token_budget=1, restarts=1)
+    await group.start(threads=1, seed=0, timeout_s=2)
+    assert await group.total(skips=False) == [2.0, 2.0]
+    answer = asyncio.create_task(group.total(skips=how != "killed"))
+    if how == "killed":
+        os.kill(workers[1].pid, signal.SIGKILL)
+    named = "slow rank 1 .*died" if how == "killed" else "slow rank [01] .*(Timed out|made no progress)"
+    with pytest.raises(WorkerLost, match=named):
+        await answer
+    assert group.lost
+    if how != "killed":
+        (stacks, *_) = sorted((tmp_path / "stacks").iterdir())
+        assert "slow rank 1" in stacks.read_text() and "in total" in stacks.read_text()
+    await group.rebuild()
+    assert await group.total(skips=False) == [2.0, 2.0]
+    await group.close()
+
+
 def test_a_pulse_counts_work_and_stacks_name_the_function() -> None:
     signs = VitalSigns()
     before = signs.pulse()
@@ -170,3 +203,31 @@ def test_a_pulse_counts_work_and_stacks_name_the_function() -> None:
     sum(range(3_000_000))
     assert signs.pulse().progress > before.progress
     assert "test_a_pulse_counts_work" in signs.stacks()
+
+
+@pytest.mark.parametrize(
+    ("cause", "verb", "broke"),
+    [
+        (
+            RuntimeError("[/third_party/gloo/gloo/pair.cc:537] Read error"),
+            "score",
+            True,
+        ),
+        (
+            RuntimeError("[/gloo/unbound_buffer.cc:78] Timed out waiting"),
+            "update_rows",
+            True,
+        ),
+        (RuntimeError("Application timeout caused pair closure"), "save", True),
+        (
+            RuntimeError("[/gloo/pair.cc] Connection closed by peer"),
+            "send_weights",
+            False,
+        ),  # an engine's death
+        (RuntimeError("shape mismatch"), "update_rows", False),
+        (ValueError("/gloo/"), "update_rows", False),
+        (None, "update_rows", False),
+    ],
+)
+def test_which_errors_say_that_the_ranks_are_apart(cause, verb, broke) -> None:
+    assert broke_collective(cause, verb) is broke

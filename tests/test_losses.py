@@ -24,7 +24,7 @@ from orchestrator.work import WorkBook
 from tests.slow_worker import Ranked, Slow
 
 pytestmark = pytest.mark.ray
-DEADLINES = Deadlines(start_s=60, call_s=40, silence_s=2, stall_s=4)
+DEADLINES = Deadlines(start_s=60, call_s=40, silence_s=2, stall_s=3)
 
 
 class Group(WorkerGroup):
@@ -129,8 +129,8 @@ async def test_a_stopped_worker_is_found_by_its_silence_killed_by_pid_and_named(
 async def test_work_is_no_stall_and_waiting_for_ever_is_one(ward, bundle) -> None:
     group = await group_of(ward, bundle)
     slow = group.workers[0]
-    assert await slow.call(slow.handle.spin, DEADLINES.stall_s + 3) == slow.pid
-    with pytest.raises(WorkerLost, match=r"made no progress for 4 s; it was in wait .* stacks in"):
+    assert await slow.call(slow.handle.spin, DEADLINES.stall_s + 2) == slow.pid
+    with pytest.raises(WorkerLost, match=r"made no progress for 3 s; it was in wait .* stacks in"):
         await slow.call(slow.handle.wait, 30)
     await group.close()
 

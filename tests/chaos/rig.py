@@ -54,6 +54,7 @@ class Rig:
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         self.folder, self.run, self.overrides = folder, folder / "run", overrides
+        folder.mkdir(parents=True, exist_ok=True)
         tiny_model(folder / "model", tied=False)
         lines = [json.dumps({"prompt": f"{row} and "}) for row in range(NUM_PROMPTS)]
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")

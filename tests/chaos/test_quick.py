@@ -1,11 +1,9 @@
-"""One run that is left alone, and the same one with an engine killed, an engine stopped, a trainer killed and
-the driver killed: the same batches, losses and weights."""
+"""One run that is left alone, and the same one with the engine, a trainer and the driver killed: the same
+batches, losses and weights."""
 
 import hashlib
-import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.chaos.rig import Rig, rig
@@ -34,7 +32,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Rig:
     return run
 
 
-def test_engines_and_trainers_die_and_stop_and_the_run_ends_as_if_nothing_had_happened(
+def test_engine_trainer_and_driver_are_killed_and_the_run_ends_as_if_nothing_had_happened(
     golden: Rig, tmp_path: Path
 ) -> None:
     with rig(tmp_path, *RUN) as run:
@@ -46,28 +44,13 @@ def test_engines_and_trainers_die_and_stop_and_the_run_ends_as_if_nothing_had_ha
         assert lost[0]["monotonic_s"] - killed < 1 and lost[0]["who"] == "engine 0"
         run.until(lambda: run.incidents("recovered"))
 
-        stopped, at = run.strike("engine", number=signal.SIGSTOP)
-        lost = run.until(lambda: run.incidents("lost")[1:])
-        assert lost[0]["monotonic_s"] - at < 15 and "no sign of life" in lost[0]["detail"]
-        run.until(lambda: not psutil.pid_exists(stopped))
-        assert list((run.run / "stacks").iterdir())
-
-        run.until(lambda: run.incidents("recovered")[1:])
-
+        run.until_step(2)
+        engine = run.pid("engine")
         run.strike("actor")
         run.until(lambda: run.incidents("rolled back"))
-        assert run.pid("driver") == driver
-        assert run.wait() == 0, run.log()
-        run.check()
-        assert_same(run, golden)
+        assert (driver, engine) == (run.pid("driver"), run.pid("engine"))
 
-
-def test_a_killed_driver_leaves_nothing_behind_and_its_resume_ends_bit_identical(
-    golden: Rig, tmp_path: Path
-) -> None:
-    with rig(tmp_path, *RUN) as run:
-        run.start()
-        run.until_step(2)
+        run.until_step(3)
         run.strike("driver")
         run.wait()
         run.check_hygiene(20)

@@ -1,0 +1,75 @@
+"""The driver is killed at random moments of one run and resumed; it must end as if it had been left alone.
+
+    python -m tests.chaos.driver_kills FOLDER --moments 50
+
+Three of four moments lie in the seconds after training began again, one anywhere from the start on. Prints
+how many steps each kill cost; fails unless batches, losses and weights are those of the run that was left
+alone, the weights bit for bit.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+from tests.chaos.rig import Rig, rig
+from tests.chaos.test_quick import assert_same
+
+STEPS_PER_KILL = 4
+TRAINING_S, STARTING_S = 4.0, 20.0  # from which moments are drawn
+
+
+def checkpointed(run: Rig) -> int:
+    """The step of the newest checkpoint."""
+    steps = (run.run / "rl" / "checkpoints").glob("step-*")
+    return max((int(path.name.removeprefix("step-").rstrip("+")) for path in steps), default=0)
+
+
+def kill(run: Rig, chance: random.Random) -> dict[str, float]:
+    """Ends the driver; what was lost."""
+    began, before = time.monotonic(), len(run.lines("metrics.jsonl"))
+    if chance.random() < 0.75:
+        run.until(lambda: len(run.lines("metrics.jsonl")) > before or run.process.poll() is not None, 240)
+        time.sleep(chance.uniform(0, TRAINING_S))
+    else:
+        time.sleep(chance.uniform(0, STARTING_S))
+        run.look()
+    run.process.kill()
+    run.process.wait()
+    done = max((line["step"] for line in run.lines("metrics.jsonl")), default=0)
+    drafts = list((run.run / "rl" / "checkpoints").glob("tmp-*"))
+    run.check_hygiene(30)
+    return {
+        "after_s": round(time.monotonic() - began, 1), "steps_lost": done - checkpointed(run),
+        "in_a_save": bool(drafts),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--moments", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    overrides = ("engine.replicas=1", f"rl.steps={STEPS_PER_KILL * options.moments}")
+    kills: list[dict[str, float]] = []
+    with rig(options.folder / "golden", *overrides) as golden, rig(options.folder / "run", *overrides) as run:
+        golden.finish()
+        run.start()
+        while len(kills) < options.moments and run.process.poll() is None:
+            kills.append(kill(run, chance))
+            print(json.dumps(kills[-1]), flush=True)
+            run.start("--resume")
+        assert run.wait(600) == 0, run.log()
+        run.check()
+        assert_same(run, golden)
+    lost = [one["steps_lost"] for one in kills]
+    print(
+        json.dumps({"kills": len(kills), "most_steps_lost": max(lost), "bit_identical": True, "each": kills})
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -29,40 +28,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.errors import FROM_INSIDE, CollectiveBroken, RoleError, WorkerLost, broke_collective
 from actors.recording import Working, recorded
-from actors.vital_signs import VITAL, ProcessGone, Pulse, RosterLine, VitalSigns
+from actors.vital_signs import VITAL, ProcessGone, Pulse, RosterLine
+from actors.ward import Ward
 from orchestrator.config import Deadlines
-from orchestrator.incidents import Incident, Report, RestartsSpent
+from orchestrator.incidents import Incident, RestartsSpent
 from orchestrator.placement import Seat
-from orchestrator.work import WorkBook, WorkLog
+from orchestrator.work import WorkLog
 
 PULSES = 5  # a silent worker has missed so many in a row
 IDLE_SHARE = 0.02  # of a core; what a process uses that only waits
-STACKS_S = 2.0  # for which a process is waited for that may be stopped
-
-
-class Ward:
-    """The workers of a stage, those who look after them, and where their stacks are written."""
-
-    def __init__(
-        self,
-        folder: Path,
-        report: Report,
-        record: Callable[[Sequence[RosterLine]], None],
-        book: WorkBook,
-    ) -> None:
-        """``folder``: for stacks; ``record``: into the roster; ``book``: what each worker does when."""
-        self.report, self.record, self.book, self._folder = report, record, book, folder
-        self.workers: list[RemoteWorker] = []
-
-    async def write_stacks(self, why: str) -> Path:
-        """One file with the stacks of every thread of the driver and of all workers that answer."""
-        texts = await asyncio.gather(*(worker.stacks(STACKS_S) for worker in self.workers))
-        parts = [f"{why}\n", f"\n== driver (pid {os.getpid()})\n{VitalSigns().stacks()}"]
-        parts += [f"\n== {w.name}\n{text}" for w, text in zip(self.workers, texts, strict=True)]
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"{len(list(self._folder.iterdir())):04d}.txt"
-        path.write_text("".join(parts))
-        return path
 
 
 class RemoteWorker:
@@ -176,6 +150,7 @@ class RemoteWorker:
         lost = lost or self._loss()
         if not lost.done():
             self._given_up_at = time.monotonic()
+            why += self._ward.memory_hint()
             lost.set_result(f"{self.name} {why}")
             self._ward.report(Incident(kind="lost", who=self.who, pid=self.pid, detail=why))
         return lost.result()

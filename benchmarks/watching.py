@@ -28,7 +28,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.actor import Actor
 from actors.recording import recorded
-from actors.remote_worker import RemoteWorker, Ward, spawn
+from actors.remote_worker import RemoteWorker, spawn
+from actors.ward import Ward
 from launch.bench.phases import Workload, experience
 from launch.environment import MODEL_ENV, WORKER_ENV
 from orchestrator.algorithms import grpo

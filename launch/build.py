@@ -24,8 +24,9 @@ from actors.group import (
 from actors.learner import LossFunction
 from actors.object_store import ObjectStore
 from actors.reference import Reference
-from actors.remote_worker import Ward, spawn
+from actors.remote_worker import spawn
 from actors.reward import Judge, RewardLearner
+from actors.ward import Ward
 from actors.weights.wire import ServedAdapter
 from launch.cluster import Cluster
 from launch.engines import channel, served_adapter, spawn_engines, turn_takers

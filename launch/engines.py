@@ -8,7 +8,8 @@ from actors.adapter import linear_names
 from actors.engine import EngineWorker
 from actors.engine_params import Device, environment
 from actors.remote_engine import RemoteEngine
-from actors.remote_worker import Ward, spawn
+from actors.remote_worker import spawn
+from actors.ward import Ward
 from actors.weights.wire import Channel, ServedAdapter, Transport
 from launch.environment import WORKER_ENV
 from launch.trainable import skeleton

@@ -15,8 +15,9 @@ from actors.all_ranks import all_ranks
 from actors.errors import WorkerLost, broke_collective
 from actors.group import LearnerGroup, WorkerGroup
 from actors.object_store import ObjectStore
-from actors.remote_worker import RemoteWorker, Ward, spawn
+from actors.remote_worker import RemoteWorker, spawn
 from actors.vital_signs import Pulse, VitalSigns
+from actors.ward import Ward
 from orchestrator.config import Deadlines
 from orchestrator.incidents import Incident, RestartsSpent
 from orchestrator.placement import Seat
@@ -194,6 +195,23 @@ async def test_a_broken_collective_names_its_rank_and_the_group_is_built_anew(
     await group.rebuild()
     assert await group.total(skips=False) == [2.0, 2.0]
     await group.close()
+
+
+async def test_a_loss_after_the_kernel_took_memory_says_so_once(
+    ward, bundle, incidents, tmp_path, monkeypatch
+) -> None:
+    """FAULTS 30."""
+    counters = tmp_path / "vmstat"
+    counters.write_text("nr_free_pages 9\noom_kill 3\n")
+    monkeypatch.setattr("actors.ward.KERNEL_COUNTERS", counters)
+    ward._oom_kills = 2
+    assert "OOM killer ended 1 processes" in ward.memory_hint() and ward.memory_hint() == ""
+    counters.write_text("oom_kill 5\n")
+    assert worker(ward, bundle).lose("died") == "slow rank 0 died" + (
+        "; the kernel's OOM killer ended 2 processes of this machine since the last loss: lower "
+        "micro_batch_tokens or kv_cache_mb, or take more memory"
+    )
+    assert incidents[0].detail.startswith("died; the kernel's OOM killer")
 
 
 def test_a_pulse_counts_work_and_stacks_name_the_function() -> None:

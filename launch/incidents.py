@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from launch.tracking import cut_torn_line
 from orchestrator.incidents import Incident
 
 
@@ -13,6 +14,7 @@ class IncidentLog:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        cut_torn_line(file)
 
     def __call__(self, incident: Incident) -> None:
         line = {"time": time.time(), "monotonic_s": time.monotonic(), **asdict(incident)}

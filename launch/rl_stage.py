@@ -13,7 +13,7 @@ from launch.progress import write_samples
 from launch.recovery import TrainedLog, through_losses
 from launch.run_folder import StageResult
 from launch.session import Session
-from launch.tracking import read_metrics
+from launch.tracking import cut_torn_line, read_metrics
 from orchestrator import metrics as names
 from orchestrator.batch import Batch, Prompt, ScoredRollout, StopReason
 from orchestrator.checkpoint import Checkpoints, Retention, step_of
@@ -99,6 +99,7 @@ class Journal:
             keep=Retention(last=rl.keep_checkpoints, every=rl.keep_every, best=rl.best_metric is not None),
             background=rl.checkpoints_in_background,
         )
+        cut_torn_line(session.folder.path / "samples.jsonl")
         self.failed_saves = 0  # in a row
         self.patience = Patience(rl.steps)
         self.causes: set[str] = set()  # of log-probs out of range, already spoken of

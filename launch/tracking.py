@@ -29,7 +29,7 @@ class Tracker:
 
     def __init__(self, file: Path, side_cars: Sequence[SideCar] = ()) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(file)
+        cut_torn_line(file)
         self._file: IO[str] = file.open("a")
         self.side_cars = tuple(side_cars)
 
@@ -95,7 +95,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return list(steps.values())
 
 
-def _cut_torn_line(file: Path) -> None:
+def cut_torn_line(file: Path) -> None:
     """A killed driver may leave half a line; what is appended after it would be lost with it."""
     if not file.exists():
         return

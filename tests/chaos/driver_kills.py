@@ -12,6 +12,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 from tests.chaos.rig import Rig, rig
 from tests.chaos.test_quick import assert_same
@@ -46,19 +47,14 @@ def kill(run: Rig, chance: random.Random) -> dict[str, float]:
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--moments", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    chance = random.Random(options.seed)
-    overrides = ("engine.replicas=1", f"rl.steps={STEPS_PER_KILL * options.moments}")
+def measure(folder: Path, *, moments: int, seed: int = 0) -> dict[str, Any]:
+    chance = random.Random(seed)
+    overrides = ("engine.replicas=1", f"rl.steps={STEPS_PER_KILL * moments}")
     kills: list[dict[str, float]] = []
-    with rig(options.folder / "golden", *overrides) as golden, rig(options.folder / "run", *overrides) as run:
+    with rig(folder / "golden", *overrides) as golden, rig(folder / "run", *overrides) as run:
         golden.finish()
         run.start()
-        while len(kills) < options.moments and run.process.poll() is None:
+        while len(kills) < moments and run.process.poll() is None:
             kills.append(kill(run, chance))
             print(json.dumps(kills[-1]), flush=True)
             run.start("--resume")
@@ -66,9 +62,16 @@ def main() -> None:
         run.check()
         assert_same(run, golden)
     lost = [one["steps_lost"] for one in kills]
-    print(
-        json.dumps({"kills": len(kills), "most_steps_lost": max(lost), "bit_identical": True, "each": kills})
-    )
+    return {"kills": len(kills), "most_steps_lost": max(lost), "bit_identical": True, "each": kills}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--moments", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print(json.dumps(measure(options.folder, moments=options.moments, seed=options.seed)))
 
 
 if __name__ == "__main__":

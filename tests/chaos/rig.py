@@ -97,8 +97,10 @@ class Rig:
     # what the run says of itself
 
     def lines(self, name: str) -> list[dict[str, Any]]:
+        """Whole ones: the last may be under way."""
         path = self.run / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        texts = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(text) for text in texts if text.endswith("}")]
 
     def steps(self) -> list[dict[str, Any]]:
         """The metrics of each step, those of the last time where it was done again."""
@@ -117,7 +119,7 @@ class Rig:
 
     # doing
 
-    def until(self, what: Callable[[], Any], timeout_s: float = 120) -> Any:
+    def until(self, what: Callable[[], Any], timeout_s: float = 240) -> Any:
         """Its value, as soon as it is one."""
         ends = time.monotonic() + timeout_s
         while not (found := what()):

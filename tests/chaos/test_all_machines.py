@@ -1,0 +1,67 @@
+"""Machines that go, and stores that are full (FAULTS 12, 13): `make chaos`."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group
+
+from actors.errors import RoleError
+from actors.object_store import ObjectStore
+from actors.ward import Ward
+from orchestrator.batch import Examples
+from orchestrator.work import WorkBook
+from tests.test_losses import Group, worker
+
+ROOT = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
+
+
+async def test_a_worker_whose_machine_is_lost_goes_on_on_another(tmp_path: Path) -> None:
+    incidents = []
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="error", runtime_env=ROOT)
+        bundle = placement_group([{"CPU": 1}])
+        assert bundle.wait(30)
+        ward = Ward(tmp_path / "stacks", incidents.append, lambda lines: None, WorkBook())
+        group = Group([worker(ward, bundle)], store=ObjectStore(), token_budget=1, restarts=3)
+        await group.start(threads=1, seed=0, timeout_s=1)
+        (where,) = ray.util.placement_group_table(bundle)["bundles_to_node_id"].values()
+        answer = asyncio.create_task(group.wait(2))
+        await asyncio.sleep(0.5)
+        cluster.remove_node(next(node for node in nodes if node.node_id == where), allow_graceful=False)
+        assert (await asyncio.wait_for(answer, 120))[0] == group.workers[0].pid
+        (there,) = ray.util.placement_group_table(bundle)["bundles_to_node_id"].values()
+        assert there != where
+        assert {incident.kind for incident in incidents} == {"lost", "recovered"}
+        await group.close()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_a_batch_that_finds_no_room_is_named_with_its_size(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size=8m none {small}"):
+        pytest.skip("mounts are not allowed here")
+    try:
+        ray.init(
+            num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
+            logging_level="error", _plasma_directory="/dev/shm", object_spilling_directory=str(small),
+            _system_config={"local_fs_capacity_threshold": 0.5},
+        )  # fmt: skip
+        tokens = torch.zeros(1000, 25_000, dtype=torch.int64)
+        mask = torch.ones(1000, 25_000, dtype=torch.bool)
+        records = Examples(tokens=tokens, attention_mask=mask, action_mask=mask)
+        with pytest.raises(RoleError, match=r"a batch of 238 MB finds no room in Ray's object store"):
+            ObjectStore().put(records)
+    finally:
+        ray.shutdown()
+        os.system(f"umount {small}")

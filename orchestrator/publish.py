@@ -45,7 +45,15 @@ async def publish(roles: Roles, version: int, probe: Probe) -> "asyncio.Task[dic
     for sent, received in pairs:
         check_receipt(sent, received)
     await roles.engine.commit_weights(version)
-    return asyncio.create_task(prove(roles, probe, num_bytes=pairs[0][0].num_bytes if pairs else 0))
+    proof = asyncio.create_task(prove(roles, probe, num_bytes=pairs[0][0].num_bytes if pairs else 0))
+    proof.add_done_callback(_seen)
+    return proof
+
+
+def _seen(proof: "asyncio.Task[dict[str, float]]") -> None:
+    """Where the run has ended, or begun again, before it was awaited, nobody asks for its error."""
+    if not proof.cancelled():
+        proof.exception()
 
 
 async def prove(roles: Roles, probe: Probe, *, num_bytes: int) -> dict[str, float]:

@@ -194,7 +194,8 @@ class EngineFleet:
             self._joined = []  # the channel broke
             attempts += len(left) == len(members)
             if attempts == SYNC_ATTEMPTS:
-                raise next(answer for answer in (sent, *received) if isinstance(answer, RoleError))
+                # Who received says why; the sender only knows that somebody is gone.
+                raise next(answer for answer in (*received, sent) if isinstance(answer, RoleError))
             members = left
         return []
 

@@ -45,7 +45,11 @@ class Rig:
     async def sync(self) -> tuple[WeightReceipt, list[WeightReceipt]]:
         self.version += 1
         send = asyncio.to_thread(self.sender.send, self.actor.named_parameters(), self.version)
-        sent, received = await asyncio.gather(send, self.engine.receive_weights(self.version))
+        receive = self.engine.receive_weights(self.version)
+        sent, received = await asyncio.gather(send, receive, return_exceptions=True)
+        for outcome in (received, sent):  # the sender only learns that somebody is gone
+            if isinstance(outcome, BaseException):
+                raise outcome
         await self.engine.commit_weights(self.version)
         return sent, received
 

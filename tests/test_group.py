@@ -22,17 +22,18 @@ class HandOver:
 class Scorer:
     """Says of each of its rows, in the order it is given them, minus its tokens."""
 
-    handle = SimpleNamespace(score="score")
+    handle, incarnation = SimpleNamespace(score=SimpleNamespace(_method_name="score")), 0
 
     async def call(self, verb, records, micro_batches):
-        assert verb == "score"
+        assert verb is self.handle.score
         return -records.tokens[[row for rows in micro_batches for row in rows]].float()
 
 
 class Forgetful:
     """Rewards all rollouts but the last."""
 
-    handle = SimpleNamespace(score_rollouts=None)
+    handle = SimpleNamespace(score_rollouts=SimpleNamespace(_method_name="score_rollouts"))
+    incarnation = 0
 
     async def call(self, verb, rollouts):
         return {"a": [1.0] * (len(rollouts) - 1)}

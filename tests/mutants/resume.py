@@ -298,7 +298,7 @@ RESUME = (
     Mutant(
         name="NaN weights are sent",
         file="actors/actor.py",
-        old="        backend.check_finite()\n",
+        old="            backend.check_finite()\n",
         new="",
         tests=("tests/test_workers.py::test_a_weight_that_is_not_finite_is_not_sent",),
         slow=True,

@@ -156,9 +156,9 @@ def test_a_receipt_that_is_not_the_actors_stops_the_run(change, said):
     """BUGS D5, D8. The second of two engines, too."""
 
     class Two(FakeEngine):
-        async def receive_weights(self, version):
-            (good,) = await super().receive_weights(version)
-            return [replace(good, who="engine 1"), replace(good, **change)]
+        async def prepare_weights(self, policy, version):
+            ((sent, good),) = await super().prepare_weights(policy, version)
+            return [(sent, replace(good, who="engine 1")), (sent, replace(good, **change))]
 
     with pytest.raises(WeightSyncError, match=said):
         run(settings(), fake_roles(engine=Two()))

@@ -54,7 +54,7 @@ class EngineHandle(Protocol):
 
 
 class State(Enum):
-    SERVING, WAITING, AWAY, RETIRED = range(4)
+    SERVING, WAITING, AWAY, RETIRED, LEAVING = range(5)
 
 
 class Member:
@@ -231,7 +231,7 @@ class EngineFleet:
 
     def _lose(self, member: Member, lost: RoleError) -> None:
         """Once per process: whoever learns of it first."""
-        if member.state in (State.AWAY, State.RETIRED):
+        if member.state in (State.AWAY, State.RETIRED, State.LEAVING):
             return
         if self._syncing.locked():
             self._report(Incident(kind="left the sync", who="engine", detail=str(lost)))

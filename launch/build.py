@@ -12,6 +12,7 @@ from actors.actor import Actor
 from actors.backbone import Backbone
 from actors.backbone_group import BackboneGroup, BackboneReference, BackboneReward
 from actors.critic import Critic
+from actors.elastic_fleet import ElasticFleet
 from actors.fleet import EngineFleet
 from actors.group import (
     ActorGroup,
@@ -29,7 +30,8 @@ from actors.reward import Judge, RewardLearner
 from actors.ward import Ward
 from actors.weights.wire import ServedAdapter
 from launch.cluster import Cluster
-from launch.engines import channel, served_adapter, spawn_engines, turn_takers
+from launch.engine_count import EngineCount
+from launch.engines import channel, served_adapter, spawn_engine, turn_takers
 from launch.environment import MODEL_ENV, WORKER_ENV
 from launch.incidents import IncidentLog
 from launch.trainable import reward_adapter
@@ -55,6 +57,7 @@ class Crew:
         self.ward = Ward(run.run_dir / "stacks", self.incidents, cluster.record, cluster.trace.book)
         self._started: list[Role] = []
         self.trainers: list[LearnerGroup] = []  # of the rl stage
+        self.engine_count: EngineCount | None = None  # None: no engine was started
 
     async def group(self, cls: type, group_cls: Callable[..., G], role: str, **settings: Any) -> G:
         """Starts a role's workers and waits until each has its model."""
@@ -184,9 +187,11 @@ class Crew:
         await asyncio.gather(*(group.rebuild() for group in self.trainers if all_of_them or group.lost))
 
     async def engines(self, model: str, *, adapter: ServedAdapter | None = None) -> EngineFleet:
-        run, seats = self.run, self.layout.seats["engine"]
-        engines = spawn_engines(run, model, seats, self.groups, self.ward, adapter=adapter)
-        fleet = EngineFleet(
+        run = self.run
+        places = [(seat, self.groups[seat.group]) for seat in self.layout.seats["engine"]]
+        spawn_one = partial(spawn_engine, run, model, ward=self.ward, adapter=adapter)
+        engines = [spawn_one(*place, index=index) for index, place in enumerate(places)]
+        fleet = ElasticFleet(
             engines,
             run_seed=run.seed,
             workers=run.engine.tensor_parallel,
@@ -194,6 +199,9 @@ class Crew:
             report=self.incidents,
         )
         self.keep(fleet)
+        self.engine_count = EngineCount(
+            self.cluster, fleet, spawn_one, dict(zip(engines, places, strict=True))
+        )
         await asyncio.gather(*(engine.start() for engine in engines))
         return fleet
 

@@ -16,7 +16,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from importlib import metadata, resources
+from importlib import import_module, metadata, resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NoReturn
@@ -43,6 +43,7 @@ verbs
   config RUN... [a.b.c=value ...]                       print the run with every default filled in
   report RUN                                            one page: curves, device time, timeline, samples
   bench SUITE... | compare A B                          how fast each part is, against what bounds it
+  scale RUN engine=4                                    engines join or leave a run that is at work
   train --help                                          every field of a run
   submit RUN... --to TARGET                             the run on local, ray, kuberay or slurm;
                                                         also render, lint, status, logs, stop, resume
@@ -176,12 +177,14 @@ def export(argv: Sequence[str]) -> int:
     return 0
 
 
-def bench(argv: Sequence[str]) -> int:
-    """``quartet bench SUITE...``."""
-    prepare_environment()
-    from launch.bench import main as benchmarks  # noqa: PLC0415 - torch and ray load here
+def scale(argv: Sequence[str]) -> int:
+    """``quartet scale RUN engine=4``: a run_dir, or what was trained."""
+    from launch import scale as scaling  # noqa: PLC0415
 
-    return benchmarks.main(argv)
+    words, changes = scaling.split(argv)
+    parsed = run_parser("scale").parse_intermixed_args(words).words
+    is_folder = len(parsed) == 1 and Path(parsed[0]).is_dir()
+    return scaling.main(Path(parsed[0]) if is_folder else resolve(parsed).run_dir, changes)
 
 
 def on_target(verb: str, argv: Sequence[str]) -> int:
@@ -207,19 +210,11 @@ def plan(argv: Sequence[str]) -> int:
     return foresight.main(resolve(arguments.words), arguments)
 
 
-def doctor(argv: Sequence[str]) -> int:
-    """``quartet doctor``."""
-    from launch import doctor as checks  # noqa: PLC0415
-
-    return checks.main(argv)
-
-
-def serve_reward(argv: Sequence[str]) -> int:
-    """``quartet serve-reward MODEL``."""
-    prepare_environment()
-    from launch import serve_reward as service  # noqa: PLC0415 - torch loads here
-
-    return service.main(argv)
+def lazily(module: str, prepared: bool, argv: Sequence[str]) -> int:
+    """A verb with a module of its own, which loads what only it needs; ``prepared``: torch or ray."""
+    if prepared:
+        prepare_environment()
+    return int(import_module(module).main(argv))
 
 
 ON_TARGET = ("submit", "render", "lint", "status", "logs", "stop", "resume")
@@ -229,11 +224,12 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "config": config,
     "export": export,
     "report": report,
-    "bench": bench,
+    "bench": partial(lazily, "launch.bench.main", True),
+    "scale": scale,
     **{verb: partial(on_target, verb) for verb in ON_TARGET},
     "plan": plan,
-    "doctor": doctor,
-    "serve-reward": serve_reward,
+    "doctor": partial(lazily, "launch.doctor", False),
+    "serve-reward": partial(lazily, "launch.serve_reward", True),
 }
 
 

@@ -4,6 +4,7 @@ Invariant: whatever the cluster cannot grant is said within ``placement.timeout_
 is there, and which number to change.
 """
 
+import asyncio
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from launch.leftovers import end_leftovers
 from launch.submit.startup import mark
 from launch.trace import RunTrace
 from orchestrator.config import Run
-from orchestrator.placement import Layout, Resources, layout, request, shortage
+from orchestrator.placement import Layout, Resources, Seat, layout, request, shortage
 
 OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: a few batches of experience
 
@@ -43,6 +44,19 @@ def role_labels(plan: Layout, group: int, labels: set[str]) -> dict[str, str]:
     return {ROLE_LABEL + role: "true" for role in roles if ROLE_LABEL + role in labels}
 
 
+def _groups_of(plan: Layout) -> list[PlacementGroup]:
+    """Asks Ray for them and waits for nothing."""
+    labels = {label for node in ray.nodes() if node["Alive"] for label in node.get("Labels", {})}
+    return [
+        placement_group(
+            [*bundles],
+            strategy="PACK",
+            bundle_label_selector=[role_labels(plan, index, labels)] * len(bundles),
+        )
+        for index, bundles in enumerate(plan.groups)
+    ]
+
+
 class PlacementError(RuntimeError):
     """The cluster cannot grant what the run asks for."""
 
@@ -53,6 +67,7 @@ class Cluster(AbstractContextManager["Cluster"]):
     def __init__(self, run: Run) -> None:
         self._run = run
         self._groups: list[PlacementGroup] = []
+        self._single: list[PlacementGroup] = []  # of these, those of one engine that came later
         self._address = run.ray_address or os.environ.get("RAY_ADDRESS")
         self._roster: list[RosterLine] = []
         self.trace = RunTrace(run.run_dir / "trace.json" if run.tracking.trace else None)
@@ -92,15 +107,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if self._address is None and (why := shortage(self._run, plan, nodes)):
             raise PlacementError(why)
-        labels = {label for node in ray.nodes() if node["Alive"] for label in node.get("Labels", {})}
-        self._groups = [
-            placement_group(
-                [*bundles],
-                strategy="PACK",
-                bundle_label_selector=[role_labels(plan, index, labels)] * len(bundles),
-            )
-            for index, bundles in enumerate(plan.groups)
-        ]
+        self._groups = _groups_of(plan)
         deadline = time.monotonic() + self._run.placement.timeout_s
         for group in self._groups:
             if not group.wait(max(0.1, deadline - time.monotonic())):
@@ -108,11 +115,32 @@ class Cluster(AbstractContextManager["Cluster"]):
         mark("placement groups ready", ", ".join(roles))
         return plan, self._groups
 
+    async def one_more_engine(self) -> tuple[Seat, PlacementGroup]:
+        """A seat in a group of its own; PlacementError when the cluster does not grant it in time."""
+        engine = self._run.engine.model_copy(update={"replicas": 1})
+        plan = layout(self._run.model_copy(update={"engine": engine}), ["engine"])
+        (group,) = _groups_of(plan)
+        if not await asyncio.to_thread(group.wait, self._run.placement.timeout_s):
+            remove_placement_group(group)
+            raise PlacementError(self._refusal(plan))
+        self._groups.append(group)
+        self._single.append(group)
+        return plan.seats["engine"][0], group
+
+    def give_back(self, group: PlacementGroup) -> bool:
+        """Of ``one_more_engine``; False for a group that others live in."""
+        if group not in self._single:
+            return False
+        self._single.remove(group)
+        self._groups.remove(group)
+        remove_placement_group(group)
+        return True
+
     def release(self) -> None:
         """Gives the devices back."""
         for group in self._groups:
             remove_placement_group(group)
-        self._groups = []
+        self._groups, self._single = [], []
 
     def record(self, lines: Sequence[RosterLine]) -> None:
         """Writes the roster anew; a line replaces the one of the same role and rank."""

@@ -1,7 +1,5 @@
 """The rollout engines: one Ray worker per replica, and how weights reach them."""
 
-from collections.abc import Sequence
-
 from ray.util.placement_group import PlacementGroup
 
 from actors.adapter import linear_names
@@ -17,30 +15,27 @@ from orchestrator.config import Run
 from orchestrator.placement import Seat
 
 
-def spawn_engines(
+def spawn_engine(  # noqa: PLR0913 - one line per fact
     run: Run,
     model: str,
-    seats: Sequence[Seat],
-    groups: Sequence[PlacementGroup],
+    seat: Seat,
+    group: PlacementGroup,
     ward: Ward,
     *,
+    index: int,
     adapter: ServedAdapter | None = None,
-) -> list[RemoteEngine]:
-    """Their models load in ``start``. ``adapter``: is all they will be sent."""
+) -> RemoteEngine:
+    """Its model loads in ``start``. ``adapter``: is all it will be sent."""
     device: Device = "cuda" if run.engine.gpus else "cpu"
-    return [
-        RemoteEngine(
-            spawn(
-                EngineWorker, who=f"engine {index}", seat=seat, group=groups[seat.group], ward=ward,
-                env={**WORKER_ENV, **environment(run.engine, device)}, deadlines=run.deadlines,
-                config=run.engine, model=model, revision=run.model.revision, dtype=run.model.dtype,
-                max_length=run.model.max_length, index=index, device=device, transport=transport(run),
-                sleeps=bool(turn_takers(run)),
-                adapter=adapter,
-            )
+    return RemoteEngine(
+        spawn(
+            EngineWorker, who=f"engine {index}", seat=seat, group=group, ward=ward,
+            env={**WORKER_ENV, **environment(run.engine, device)}, deadlines=run.deadlines,
+            config=run.engine, model=model, revision=run.model.revision, dtype=run.model.dtype,
+            max_length=run.model.max_length, index=index, device=device, transport=transport(run),
+            sleeps=bool(turn_takers(run)), adapter=adapter,
         )
-        for index, seat in enumerate(seats)
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def transport(run: Run) -> Transport:

@@ -3,6 +3,7 @@
 ``Journal`` is what happens around the steps of ``orchestrator/loop.py``, which knows nothing of it.
 """
 
+import asyncio
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
@@ -63,7 +64,14 @@ async def _run(session: Session, rl: RL, prompts: PromptSet, models: dict[str, s
                 seed=run.seed, pad_id=session.materials.pad_id,
             )  # fmt: skip
 
-        await through_losses(go_on, crew, journal)
+        assert crew.engine_count is not None
+        scaling = asyncio.create_task(
+            crew.engine_count.follow(session.folder.path, run.recovery.restarts, session.progress.note)
+        )
+        try:
+            await through_losses(go_on, crew, journal)
+        finally:
+            scaling.cancel()
         folder = session.folder.path / "model"
         await roles.actor.export(folder)
         result: StageResult = {"model": str(folder), "steps": rl.steps, "checkpoint": str(journal.newest)}

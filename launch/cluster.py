@@ -152,6 +152,13 @@ class Cluster(AbstractContextManager["Cluster"]):
         draft.write_text(json.dumps([asdict(line) for line in self._roster], indent=1))
         draft.rename(path)
 
+    def forget_engine(self, index: int) -> None:
+        """It has left a stage that goes on."""
+        self.trace.book.leave(f"engine {index}")
+        own, child = ("engine", index), f"engine {index} child"
+        self._roster = [x for x in self._roster if (x.role, x.rank) != own and x.role != child]
+        self.record([])
+
     def forget(self) -> None:
         """The workers of a stage have ended; the driver stays."""
         self._roster = [line for line in self._roster if line.role == "driver"]

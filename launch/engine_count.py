@@ -38,6 +38,7 @@ class EngineCount:
         """``spawn(seat, group, index=)`` makes an engine; ``places``: of those that are there."""
         self._cluster, self._fleet, self._spawn = cluster, fleet, spawn
         self._places: dict[EngineHandle, Place] = dict(places)
+        self._index: dict[EngineHandle, int] = {engine: index for index, engine in enumerate(places)}
         self._free: list[Place] = []  # that engines have left
         self._num_spawned = len(places)
 
@@ -53,7 +54,7 @@ class EngineCount:
                 except (PlacementError, RoleError, ValueError) as error:
                     note(f"WARNING: {self._fleet.size} engine(s) and not {wanted}: {error}")
                 else:
-                    note(f"{self._fleet.size} engine(s) serve, as `quartet scale` asked")
+                    note(f"{self._fleet.size} engine(s), as `quartet scale` asked")
             await asyncio.sleep(EVERY_S)
 
     async def _become(self, wanted: int, restarts: int) -> None:
@@ -64,7 +65,9 @@ class EngineCount:
             if isinstance(outcome, BaseException):
                 raise outcome
         for _ in range(-missing):
-            self._vacate(self._places.pop(await self._fleet.leave()))
+            left = await self._fleet.leave()
+            self._cluster.forget_engine(self._index.pop(left))
+            self._vacate(self._places.pop(left))
 
     async def _join(self, restarts: int) -> None:
         place = self._free.pop() if self._free else await self._cluster.one_more_engine()
@@ -75,9 +78,10 @@ class EngineCount:
         except RoleError:
             with suppress(RoleError):
                 await engine.close()
+            self._cluster.forget_engine(index)
             self._vacate(place)
             raise
-        self._places[engine] = place
+        self._places[engine], self._index[engine] = place, index
         await self._fleet.join(engine, restarts)
 
     def _vacate(self, place: Place) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.config import Run
@@ -25,7 +26,7 @@ def wanted_engines(folder: Path) -> int | None:
         return None
 
 
-def main(folder: Path, changes: list[str]) -> int:
+def main(folder: Path, changes: Sequence[str]) -> int:
     """ValueError for a run that is not at work, roles that cannot change now, and impossible numbers."""
     count = _count(changes)
     if not (folder / "config.yaml").exists():
@@ -41,13 +42,13 @@ def main(folder: Path, changes: list[str]) -> int:
     return 0
 
 
-def split(words: list[str]) -> tuple[list[str], list[str]]:
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The run, and what should change: words like engine=4."""
     changes = [word for word in words if re.fullmatch(r"[a-z_]+=.*", word)]
     return [word for word in words if word not in changes], changes
 
 
-def _count(changes: list[str]) -> int:
+def _count(changes: Sequence[str]) -> int:
     if len(changes) != 1:
         raise ValueError(f"{len(changes)} changes were given; give one: quartet scale RUN engine=4")
     role, _, number = changes[0].partition("=")

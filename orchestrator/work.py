@@ -104,9 +104,9 @@ class WorkBook:
         self.seats = [known for known in self.seats if known.worker != worker] + [seat]
         return WorkLog(self, seat, verbs)
 
-    def leave(self) -> None:
-        """All workers have ended."""
-        self.seats = []
+    def leave(self, worker: str | None = None) -> None:
+        """All workers have ended; or this one, while the others work on."""
+        self.seats = [seat for seat in self.seats if worker is not None and seat.worker != worker]
 
     def take(self) -> tuple[list[WorkSpan], list[WorkSpan]]:
         """The spans that ended since the last call, and those in flight, which end now."""

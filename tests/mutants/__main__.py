@@ -29,7 +29,7 @@ def main() -> int:
         print("\n".join(stale), file=sys.stderr)
         return 2
     began = time.monotonic()
-    with copies(given.jobs) as free:
+    with copies(given.jobs, slow=any(m.slow for m in chosen)) as free:
         without = sound(free, chosen)
         if without.verdict != "survived":
             print(f"the tests fail without any mutant: {without.by}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Runs the named tests of each mutant in a copy of the tree that has the bug.
 
-    forkserver   has imported torch, transformers and pytest, and nothing of ours: a start takes no time
+    forkserver   has imported torch, transformers, pytest, and nothing of ours: a start takes no time
     slot         one per core: a copy of the tree, in which one mutant after the other is put in and taken out
     child        one per mutant: sees its slot's copy and nothing else of ours, runs pytest, reports
 
@@ -29,6 +29,7 @@ from tests.mutants.record import ROOT, Mutant
 
 OURS = ("actors", "launch", "orchestrator", "tests")
 PRELOADED = ["numpy", "pytest", "torch", "transformers.models.llama.modeling_llama", "pyarrow.parquet"]
+PRELOADED_SLOW = ["deepspeed", "peft", "ray"]  # 8 s of imports; vLLM starts processes of its own
 CRASHES = (ImportError, SyntaxError, NameError, AttributeError, TypeError, LookupError)
 LIMIT_S = {False: 120, True: 400}  # of one pytest, by ``slow``
 
@@ -112,13 +113,15 @@ def with_it(pid: int | None) -> None:
 
 
 @contextmanager
-def copies(count: int) -> Iterator[SimpleQueue]:
-    """So many copies of the tree: what git has or would add."""
+def copies(count: int, *, slow: bool) -> Iterator[SimpleQueue]:
+    """So many copies of the tree: what git has or would add. ``slow``: for mutants that are."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(PRELOADED + PRELOADED_SLOW * slow)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if shutil.which("nvidia-smi") is None:  # as actors/backend.py sets it before it imports deepspeed
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with TemporaryDirectory(prefix="mutants-") as folder:
         free: SimpleQueue = SimpleQueue()
         for number in range(count):

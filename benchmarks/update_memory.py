@@ -132,10 +132,12 @@ def main() -> None:
     if args.side:
         print(json.dumps(one_side(args.model, args.tokens, args.side)))
         return
-    report: dict[str, Any] = {"tokens": args.tokens, "length": LENGTH}
+    environment = {"OMP_NUM_THREADS": "2", **os.environ, **MODEL_ENV}
+    report: dict[str, Any] = {
+        "tokens": args.tokens, "length": LENGTH, "threads": int(environment["OMP_NUM_THREADS"])
+    }  # fmt: skip
     for side in ("logits", "blocks"):
         command = [sys.executable, __file__, "--model", args.model, "--tokens", str(args.tokens)]
-        environment = {"OMP_NUM_THREADS": "2", **os.environ, **MODEL_ENV}
         result = subprocess.run(
             [*command, "--side", side], check=True, stdout=subprocess.PIPE, text=True, env=environment
         )

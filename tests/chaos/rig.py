@@ -149,6 +149,7 @@ class Rig:
 
     def check(self) -> None:
         self.check_ledger()
+        assert len(self.seen) > len(self.roster())  # there was something to see
         self.check_hygiene(AGENTS_END_S)
 
     def check_ledger(self) -> None:
@@ -159,7 +160,6 @@ class Rig:
 
     def check_hygiene(self, within_s: float, *, agents: bool = True) -> None:
         """``agents``: Ray's too."""
-        assert len(self.seen) > len(self.roster())  # there was something to see
         ends = time.monotonic() + within_s
         while left := [name for name in self.left_over() if agents or not name.endswith(AGENTS)]:
             assert time.monotonic() < ends, left

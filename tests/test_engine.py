@@ -259,6 +259,13 @@ def test_a_failed_update_stops_the_engine_with_the_reason(tmp_path: Path) -> Non
             ):
                 rig.run(work)
 
+        del rig.actor.named_parameters  # a whole update makes it whole again
+        rig.step()
+        address = rig.sender.open(metas(rig.actor.named_parameters()), world_size=2)
+        rig.run(rig.engine.join_weights(address, 1))
+        rig.run(rig.sync())
+        assert_close(rig.run(rig.engine.logprobs(PROBE)), rig.truth(PROBE))
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_tied", [True, False])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -200,6 +201,7 @@ class WorkerExtension:
 
     rank: int
     model_runner: Any
+    vllm_config: VllmConfig
     weight_transfer_engine: TappedReceiver
     start_weight_update: Callable[[], None]  # these three are vLLM's
     update_weights: Callable[[dict[str, Any]], None]
@@ -221,7 +223,8 @@ class WorkerExtension:
             self.update_weights({"version": version})
         except Exception:
             receiver.let_go()
-            self.finish_weight_update()
+            with set_current_vllm_config(self.vllm_config):
+                receiver.finish_weight_update()  # the worker's own refuses: it has forgotten the update
             raise
         self.finish_weight_update()
         return {"worker": self.rank, **self.weight_transfer_engine.receipt()}

@@ -7,6 +7,7 @@ python -m tests.mutants KL advantage  those with one of these texts in their nam
 
 import argparse
 import os
+import signal
 import sys
 import time
 
@@ -28,6 +29,7 @@ def main() -> int:
     if stale := complaints(chosen):
         print("\n".join(stale), file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that copies and children go too
     began = time.monotonic()
     with copies(given.jobs, slow=any(m.slow for m in chosen)) as free:
         without = sound(free, chosen)

@@ -158,6 +158,9 @@ def play(free: SimpleQueue, mutants: Sequence[Mutant], jobs: int) -> Iterator[tu
             file.write_text(whole)
             free.put(copy)
 
-    with ThreadPoolExecutor(jobs) as slots:
+    slots = ThreadPoolExecutor(jobs)
+    try:
         for done in as_completed([slots.submit(one, mutant) for mutant in mutants]):
             yield done.result()
+    finally:
+        slots.shutdown(cancel_futures=True)

@@ -283,7 +283,7 @@ TOKENS = (
         file="actors/engine.py",
         old='logprobs_mode="processed_logprobs"',
         new='logprobs_mode="raw_logprobs"',
-        tests=("tests/test_engine.py::test_sampled_log_probs_are_those_of_the_tempered_policy[0.7-untied]",),
+        tests=("tests/test_engine.py::test_sampled_log_probs_are_those_of_the_tempered_policy[untied-0.7]",),
         slow=True,
     ),
     Mutant(
@@ -329,7 +329,7 @@ TOKENS = (
         "        response = (again + response)[: len(response)]\n"
         "        completion.logprobs = [{t: next(iter(e.values()))} for t, e in "
         "zip(response, completion.logprobs)]\n",
-        tests=("tests/test_engine.py::test_sampled_log_probs_are_those_of_the_tempered_policy[1.0-untied]",),
+        tests=("tests/test_engine.py::test_sampled_log_probs_are_those_of_the_tempered_policy[untied-1.0]",),
         slow=True,
     ),
     Mutant(

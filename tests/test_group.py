@@ -1,12 +1,17 @@
 """What a group makes of its workers' answers, with workers of ten lines."""
 
 import asyncio
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from actors.group import RewardGroup, ScorerGroup
+from actors.backbone_group import BackboneCritic, BackboneGroup, BackboneReference, BackboneReward
+from actors.elastic_fleet import ElasticFleet
+from actors.fleet import EngineFleet
+from actors.group import ActorGroup, LearnerGroup, RewardGroup, ScorerGroup
+from orchestrator import roles
 from orchestrator.batch import Examples
 from orchestrator.rewards import RewardError
 from tests.fakes import prompt, rollout
@@ -55,3 +60,32 @@ def test_too_few_rewards_are_refused_with_the_sample_that_has_none():
     group = RewardGroup([Forgetful()], store=HandOver(), token_budget=9, weights={"a": 1.0})
     with pytest.raises(RewardError, match="reward 'a' gave sample 0/4/1 no reward"):
         asyncio.run(group.score([rollout(prompt(4), 0), rollout(prompt(4), 1)]))
+
+
+@pytest.mark.parametrize(
+    ("handle", "role"),
+    [
+        (ScorerGroup, roles.Scorer), (LearnerGroup, roles.Learner), (ActorGroup, roles.Policy),
+        (BackboneCritic, roles.Learner), (BackboneGroup, roles.Policy),
+        (BackboneReference, roles.PolicyScorer), (RewardGroup, roles.Reward), (BackboneReward, roles.Reward),
+        (EngineFleet, roles.Engine), (ElasticFleet, roles.Engine),
+    ],
+)  # fmt: skip
+def test_a_handle_takes_what_its_role_is_asked(handle, role):
+    """The driver calls by these signatures; a handle of another one fails in the middle of a run."""
+    asked = {
+        name: verb
+        for protocol in role.__mro__
+        for name, verb in vars(protocol).items()
+        if inspect.iscoroutinefunction(verb)
+    }
+    assert asked
+    for name, verb in asked.items():
+        theirs = getattr(handle, name, None)
+        assert theirs is not None, f"{handle.__name__} has no {name}"
+        assert parameters(theirs) == parameters(verb), f"{handle.__name__}.{name}"
+
+
+def parameters(function) -> list[tuple[str, object]]:
+    """Names and defaults, in order; types are mypy's."""
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]

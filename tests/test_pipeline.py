@@ -86,6 +86,7 @@ def test_a_failed_stage_is_where_a_resume_goes_on(here):
     )  # fmt: skip
     folder = here / "chain"
     folder.mkdir()
+    (folder / "config.yaml").touch()  # so that it is the folder of a run
     (folder / "preference").touch()
     result = quartet("train", file)
     assert result.returncode == 1, result.stdout + result.stderr

@@ -34,14 +34,9 @@ class ElasticFleet(EngineFleet):
         await self._catch_up(member)
 
     async def leave(self) -> EngineHandle:
-        """The engine that joined last, closed: it has answered all that it was asked. ValueError when it is
-        the only one, or none that lives can go."""
-        async with self._syncing:
-            members = self._in(State.SERVING, State.WAITING)
-            if len(members) < 2:
-                raise ValueError(f"{len(members)} engine(s) live: the last one cannot leave")
-            member = members[-1]
-            await self._enter([member], State.LEAVING)
+        """The engine that joined last, closed: it has answered all that it was asked. Waits for one that is
+        being replaced, where it would be the last. ValueError when it is the only one that lives."""
+        member = await self._pick()
         while member.asked:
             await asyncio.sleep(DRAIN_S)
         async with self._syncing:
@@ -50,3 +45,14 @@ class ElasticFleet(EngineFleet):
             self._joined = []  # the channel is too wide
         await member.engine.close()
         return member.engine
+
+    async def _pick(self) -> Member:
+        while True:
+            async with self._syncing:
+                members = self._in(State.SERVING, State.WAITING)
+                if len(members) > 1:
+                    await self._enter([members[-1]], State.LEAVING)
+                    return members[-1]
+                if not self._in(State.AWAY):
+                    raise ValueError(f"{len(members)} engine(s) live: the last one cannot leave")
+            await asyncio.sleep(DRAIN_S)

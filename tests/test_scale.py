@@ -83,6 +83,20 @@ async def test_an_engine_leaves_between_two_syncs_not_inside_one() -> None:
     assert (await sync(fleet, policy, 2), policy.widths) == (["rank 1", "rank 2"], [4, 2])
 
 
+async def test_who_asks_while_the_other_engine_is_replaced_waits_for_it() -> None:
+    first, second = FakeEngine(), FakeEngine(open=True)
+    fleet = fleet_of([first, second])
+    asked = asyncio.create_task(fleet.generate(prompt(0), 1, SAMPLING))
+    await asyncio.sleep(0.01)
+    first.kill()  # its successor is on its way when the next line asks
+    await asyncio.sleep(0)
+    leaving = asyncio.create_task(fleet.leave())
+    first.gate.set()
+    await asked
+    assert await leaving is second
+    assert (first.lives, fleet.size) == (2, 1)
+
+
 async def test_the_last_engine_stays() -> None:
     fleet = fleet_of([FakeEngine(open=True)])
     with pytest.raises(ValueError, match="the last one cannot leave"):

@@ -4,13 +4,12 @@ The number is a file in the run's folder. The run looks for it every second (``e
 finds it there too. Nothing here imports ray or torch.
 """
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.locks import lock_is_held
 from orchestrator.config import Run
 from orchestrator.configfile import load_run
 from orchestrator.durable import replace_durably
@@ -33,7 +32,7 @@ def main(folder: Path, changes: Sequence[str]) -> int:
         raise ValueError(f"{folder} is no run_dir of a run; give its folder, or what it was started with")
     run = load_run([folder / "config.yaml"], [])
     _refuse_shared(run)
-    if not _is_at_work(folder):
+    if not lock_is_held(folder):  # of run_folder.py
         raise ValueError(
             f"no run is at work in {folder}; start it with engine.replicas={count}, or go on with --resume"
         )
@@ -72,15 +71,3 @@ def _refuse_shared(run: Run) -> None:
                 f"placement.share: the engines live on the devices of {others}, of which there are no more; "
                 "give them devices of their own to change their number while the run works"
             )
-
-
-def _is_at_work(folder: Path) -> bool:
-    """Whether the lock of ``run_folder.py`` is held."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False

@@ -5,7 +5,6 @@ Everything of an attempt lies in ``<parent of run_dir>/.quartet/<id>/``, readabl
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from launch.locks import lock_is_held
 from launch.submit.job import CHECKPOINTED, Job, Report, State, TargetSettings, entrypoint, shell
 from launch.submit.polling import POLL_S, wait_until
 from orchestrator.config import Run
@@ -105,17 +105,3 @@ def report(folder: Path) -> Report:
     signalled = {CHECKPOINTED, 128 + signal.SIGTERM, 128 + signal.SIGKILL}
     state = State.SUCCEEDED if status == 0 else State.STOPPED if status in signalled else State.FAILED
     return Report(id=folder.name, state=state, exit_code=status)
-
-
-def lock_is_held(file: Path) -> bool:
-    try:
-        lock = os.open(file, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False

@@ -229,8 +229,9 @@ class EngineWorker(VitalSigns):
 
     async def _update(self, version: int) -> list[dict[str, Any]]:
         """One call does the whole update, between two steps of the engine; nothing new is admitted."""
-        if self._num_running > 0 and not self._frozen:  # costs 20 ms, and only requests need to be frozen
-            await self._llm.pause_generation(mode="keep", clear_cache=False)
+        if self._num_running > 0 and not self._frozen:
+            # AsyncLLM.pause_generation does this, and sleeps 20 ms for answers that may as well come later.
+            await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
             self._frozen = True
         receipts = await self._llm.collective_rpc("apply_weight_update", args=(version,))
         await self._llm.update_weight_version(str(version))

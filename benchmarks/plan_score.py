@@ -4,8 +4,8 @@
     python benchmarks/plan_score.py fit                    # rates and overheads, from layouts set aside
     python benchmarks/plan_score.py score                  # table and plot of the others
 
-All layouts start from one SFT checkpoint and one reward model. Measured are the median of the warm steps of
-each and the peak of the memory of all processes together (PSS), each layout written as soon as it is done.
+All layouts start from one SFT checkpoint and one reward model. Measured are the seconds per warm step of each
+and the peak of the memory of all processes together (PSS), each layout written as soon as it is done.
 """
 
 import argparse
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.peak_memory import MARKER, members, memory  # noqa: E402
+from benchmarks.steady import steady  # noqa: E402
 from launch.cli import resolve  # noqa: E402
 from orchestrator.plan.calibration import SHIPPED, read_calibration  # noqa: E402
 from orchestrator.plan.devices import DEVICES, GIB, parse_cluster  # noqa: E402
@@ -162,7 +163,7 @@ def measured(name: str, folder: Path, base: Path, smollm2: Path) -> dict[str, ob
 
     keys = sorted({key for step in steps for key in step if key.startswith("seconds/")})
     return {
-        "step_s": middle("step_s"),
+        "step_s": round(steady([step["step_s"] for step in steps]), 4),
         "steps_s": [round(step["step_s"], 4) for step in steps],
         "response_tokens": round(statistics.mean(step["response_tokens"] for step in steps), 2),
         "seconds": {key.removeprefix("seconds/"): middle(key) for key in keys},

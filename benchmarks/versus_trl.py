@@ -11,7 +11,7 @@ with ``--model`` that one, 16 prompts x 4 samples x 128 tokens, which no sample 
 copied with an end of sequence that is never drawn. float32, one optimizer step per step, both cores. Quartet
 runs in several modes each time: synchronously; with ``rl.staleness=1``, where the next batch is sampled while
 the last is trained on; and so with ``rl.updates.old_logprobs=rollout``, which takes the engine's log-probs
-instead of asking the actor. A run counts by the median of its warm steps; the result is the median over runs
+instead of asking the actor. A run counts by its seconds per warm step; the result is the median over runs
 with its spread, and the ratio of each pair. ``--out`` keeps the runs that a file has, so that long ones can
 be made a side at a time.
 """
@@ -25,6 +25,11 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.steady import steady  # noqa: E402
 
 MODES = {
     "synchronous": ("rl.staleness=0",),
@@ -103,7 +108,7 @@ def copy_model(source: Path, folder: Path, *, classifier: bool = False) -> None:
 
 
 def quartet_step(work: Work, mode: str) -> tuple[float, dict[str, float]]:
-    """Median seconds of the warm steps of one run, and where they went."""
+    """Seconds per warm step of one run, and where they went."""
     prompts = work.folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"Write many e {i:03d}: "}) + "\n" for i in range(64)))
     folder, together = work.folder / "quartet", work.prompts * work.samples
@@ -132,9 +137,8 @@ def quartet_step(work: Work, mode: str) -> tuple[float, dict[str, float]]:
         f"engine.threads={threads_of_engine}", f"engine.eager={str(bool(work.micro_batch)).lower()}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "launch.cli", "train", str(empty_run(work.folder)), *overrides]
-    root = str(Path(__file__).parent.parent)
-    environment = os.environ | {"PYTHONPATH": root}
-    subprocess.run([*command, "--fresh"], check=True, stdout=subprocess.DEVNULL, cwd=root, env=environment)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "--fresh"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT, env=environment)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "step_s" in line][work.warm_up :]
     keys = sorted({key for step in steps for key in step if key.startswith("seconds/")})
@@ -142,7 +146,7 @@ def quartet_step(work: Work, mode: str) -> tuple[float, dict[str, float]]:
         key.removeprefix("seconds/"): statistics.median(step.get(key, 0.0) for step in steps) for key in keys
     }
     phases["response_tokens"] = statistics.mean(step["response_tokens"] for step in steps)
-    return statistics.median(step["step_s"] for step in steps), phases
+    return steady([step["step_s"] for step in steps]), phases
 
 
 def empty_run(work: Path) -> Path:

@@ -72,7 +72,6 @@ async def train(  # noqa: PLR0913 - a run, by name
             scored = [sample for group in drawn.groups for sample in group]
             batch = collate(scored, pad_id=pad_id)
             check_fresh(batch, state.step, rl.staleness)
-            synced = await proof
 
             step, stats = state.step + 1, state.rewards
             scores, mismatch = await score(roles, batch, rl, early=collate_scores(scored))
@@ -86,6 +85,7 @@ async def train(  # noqa: PLR0913 - a run, by name
                 )
                 learned = await learn(roles, experience, rl, step=step, seed=seed + step)
                 learned |= {**shaped, **judged}
+            synced = await proof
             proof = await publish(roles, step, probe)
 
             ages = staleness_shares(batch, state.step, rl.staleness)

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.roles import Roles, WeightReceipt
+from orchestrator.roles import Engine, Roles, WeightReceipt
 
 
 class WeightSyncError(RuntimeError):
@@ -38,14 +38,18 @@ async def publish(roles: Roles, version: int, probe: Probe) -> "asyncio.Task[dic
     """Sends the weights; returns when versions and checksums agree and the engines serve them, with the probe
     under way. In two phases: no engine serves before it is known what each of them holds.
 
-    The answer is a task: generation starts while the probe runs. Await it before anything sampled is used; it
-    gives ``sync_mb`` and ``probe_diff`` for the log. Both raise WeightSyncError.
+    The answer is a task: the actor has read the probe, and the engines' part runs beside generation and the
+    next update. Await it before the next sync, and before anything is saved that was learned from what they
+    sampled; it gives ``sync_mb`` and ``probe_diff`` for the log. Both raise WeightSyncError.
     """
     pairs = await roles.engine.prepare_weights(roles.actor, version)
     for sent, received in pairs:
         check_receipt(sent, received)
-    await roles.engine.commit_weights(version)
-    proof = asyncio.create_task(prove(roles, probe, num_bytes=pairs[0][0].num_bytes if pairs else 0))
+    _, mine = await asyncio.gather(
+        roles.engine.commit_weights(version), roles.actor.logprobs(probe.tokens)
+    )
+    num_bytes = pairs[0][0].num_bytes if pairs else 0
+    proof = asyncio.create_task(prove(roles.engine, mine, probe, num_bytes=num_bytes))
     proof.add_done_callback(_seen)
     return proof
 
@@ -56,11 +60,9 @@ def _seen(proof: "asyncio.Task[dict[str, float]]") -> None:
         proof.exception()
 
 
-async def prove(roles: Roles, probe: Probe, *, num_bytes: int) -> dict[str, float]:
-    """The same tokens through the actor and through every engine."""
-    mine, theirs = await asyncio.gather(
-        roles.actor.logprobs(probe.tokens), roles.engine.logprobs(probe.tokens)
-    )
+async def prove(engine: Engine, mine: Sequence[float], probe: Probe, *, num_bytes: int) -> dict[str, float]:
+    """The same tokens through every engine; ``mine`` are the actor's log-probs of them."""
+    theirs = await engine.logprobs(probe.tokens)
     diffs = [check_probe(mine, engine, probe, index) for index, engine in enumerate(theirs)]
     return {"sync_mb": num_bytes / 2**20, "probe_diff": max(diffs, default=0.0)}
 

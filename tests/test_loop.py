@@ -181,8 +181,32 @@ def test_an_engine_that_computes_with_other_weights_stops_the_run():
         async def logprobs(self, tokens):
             return [[-3.5] * (len(tokens) - 1)]
 
+    engine = Stale()
     with pytest.raises(WeightSyncError, match=r"mean difference 2\.5 nats"):
-        run(settings(), fake_roles(engine=Stale()))
+        run(settings(), fake_roles(engine=engine))
+    assert engine.version == 0  # nothing learned from its samples was sent on
+
+
+def test_the_probe_speaks_of_the_weights_that_were_sent():
+    """The engine answers late, when the actor has long gone on."""
+
+    class Moving(FakeLearner):
+        async def logprobs(self, tokens):
+            return [-float(self.updates)] * (len(tokens) - 1)
+
+    class Slow(FakeEngine):
+        async def prepare_weights(self, policy, version):
+            self.received = actor.updates
+            return await super().prepare_weights(policy, version)
+
+        async def logprobs(self, tokens):
+            received = self.received
+            await asyncio.sleep(0.01)
+            return [[-float(received)] * (len(tokens) - 1)]
+
+    actor = Moving()
+    _, recorder = run(settings(staleness=1), fake_roles(actor=actor, engine=Slow()))
+    assert [metrics["probe_diff"] for metrics in recorder.metrics] == [0.0] * 20
 
 
 def test_a_rollout_of_an_older_version_than_allowed_never_enters_a_batch():

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
+from actors.padding import in_rows, one_row, prove_one_row, rows, takes_lengths
 from actors.virtual_tokens import VirtualTokens
 from actors.vocabulary import BlockedLogprobs, Shape
 from orchestrator.config import Model
@@ -44,6 +45,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.virtual: VirtualTokens | None = None  # of prefix, prompt and P-tuning
+        self._proved = False  # that rows behind one another do not see each other
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for layer in (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)):
@@ -52,23 +54,21 @@ class LanguageModel(nn.Module):
     def hidden_states(
         self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None
     ) -> Tensor:
-        """[B, T] -> [B, T, d]. Positions count attended tokens, whichever side the padding is on (BUGS A1).
-
-        Padding on the right needs no mask: no token looks to its right, so attention stays plainly causal.
-        ``positions`` that restart within a row are packed documents: Transformers masks them from one another
-        (masking_utils.find_packed_sequence_indices), but only when it is given no mask.
-        """
-        if positions is not None:
-            mask = None
-        elif bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
-            mask, positions = None, torch.arange(tokens.shape[1], device=tokens.device)[None]
-        else:
-            mask, positions = attention_mask, (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        """[B, T] -> [B, T, d]. ``positions`` that restart within a row are packed documents."""
+        kept = attention_mask.bool()
+        if takes_lengths(self.model) and self.virtual is None and not (positions is None and kept.all()):
+            if not self._proved:
+                prove_one_row(self._run, tokens.device)
+                self._proved = True
+            return in_rows(self._run(one_row(tokens, kept, positions)), kept)
+        given = rows(tokens, attention_mask, positions)
         if self.virtual is not None:
-            given = self.virtual.inputs(self.model, tokens, mask, positions)
-        states = self.model.base_model(**given, use_cache=False, return_dict=True).last_hidden_state
+            given = self.virtual.inputs(self.model, tokens, given["attention_mask"], given["position_ids"])
+        states = self._run(given)
         return states[:, states.shape[1] - tokens.shape[1] :]
+
+    def _run(self, given: dict[str, Any]) -> Tensor:
+        return self.model.base_model(**given, use_cache=False, return_dict=True).last_hidden_state
 
     def write(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """A plain ``from_pretrained`` folder with the weights given (the live ones may be sharded)."""
@@ -189,8 +189,10 @@ class PolicyModel(LanguageModel):
     @classmethod
     def load(cls, source: Model, *, head_seed: int | None = None) -> "PolicyModel":
         """ValueError for a model whose logits are not those of its ``lm_head`` (see ``_check_head``)."""
+        flash = source.attention.startswith("flash")  # runs on GPUs alone, and the model is not there yet
+        options = _options(source) | ({"attn_implementation": "eager"} if flash else {})
         model, report = AutoModelForCausalLM.from_pretrained(
-            source.path, config=_config(source), output_loading_info=True, **_options(source)
+            source.path, config=_config(source), output_loading_info=True, **options
         )
         _refuse_missing(source, report["missing_keys"])
         probe = torch.arange(1, 6)[None] % model.config.get_text_config().vocab_size
@@ -199,6 +201,8 @@ class PolicyModel(LanguageModel):
         model.set_output_embeddings(TokenHead(model.get_output_embeddings(), model.config.get_text_config()))
         policy = cls(model, source.gradient_checkpointing)
         _check_head(policy, probe, expected)
+        if flash:
+            model.set_attn_implementation(source.attention)
         return policy
 
 

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 
 
 def steady(seconds: Sequence[float]) -> float:
@@ -9,4 +10,4 @@ def steady(seconds: Sequence[float]) -> float:
     turns, so that the plain median is one or the other."""
     if len(seconds) < 2:
         return statistics.median(seconds)
-    return statistics.median((a + b) / 2 for a, b in zip(seconds, seconds[1:], strict=False))
+    return statistics.median((a + b) / 2 for a, b in pairwise(seconds))

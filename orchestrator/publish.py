@@ -45,9 +45,7 @@ async def publish(roles: Roles, version: int, probe: Probe) -> "asyncio.Task[dic
     pairs = await roles.engine.prepare_weights(roles.actor, version)
     for sent, received in pairs:
         check_receipt(sent, received)
-    _, mine = await asyncio.gather(
-        roles.engine.commit_weights(version), roles.actor.logprobs(probe.tokens)
-    )
+    _, mine = await asyncio.gather(roles.engine.commit_weights(version), roles.actor.logprobs(probe.tokens))
     num_bytes = pairs[0][0].num_bytes if pairs else 0
     proof = asyncio.create_task(prove(roles.engine, mine, probe, num_bytes=num_bytes))
     proof.add_done_callback(_seen)

@@ -21,7 +21,8 @@ class Model(Settings):
     max_length: PositiveInt = 1024
     """Longest sequence in tokens, prompt and response together."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
-    """Attention implementation of Transformers."""
+    """Attention implementation of Transformers. With flash attention (GPUs, package flash-attn) the rows of a
+    micro-batch lie behind one another and nothing is computed for padding."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about 30 % slower, much less memory."""
     adapter: Adapter | None = None

@@ -83,11 +83,6 @@ class Run(Settings):
     def _fits_together(self) -> Run:
         if not (self.sft or self.reward_model or self.preference or self.rl or self.evaluate):
             raise ValueError("no stage: give at least one of sft, reward_model, preference, rl")
-        if self.sft and self.sft.packing and self.model.attention.startswith("flash"):
-            raise ValueError(
-                f"sft.packing needs a mask between documents, which model.attention={self.model.attention!r} "
-                "builds for one row only; use sdpa, eager or flex_attention, or packing: false"
-            )
         if self.evaluate is not None:
             _check_evaluate(self, self.evaluate)
         if not self.model.path and self.task is None:

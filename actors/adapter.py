@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from actors.adalora import RankSchedule
-from actors.model import LanguageModel, PolicyModel, ScalarHead
+from actors.heads import ScalarHead
+from actors.model import LanguageModel, PolicyModel
 from actors.virtual_tokens import VirtualTokens
 from orchestrator.config import Adapter
 

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from actors.actor import Actor
 from actors.adapter import NAME, WEIGHTS, adapt, add_trained, using
 from actors.backend import Backend
+from actors.heads import ScalarHead
 from actors.learner import LossFunction, MicroBatches
-from actors.model import PolicyModel, ScalarHead, last_states, values_before
+from actors.model import PolicyModel, last_states, values_before
 from actors.reward import statistics_of
 from actors.reward_function import find_reward_function, judge_all
 from orchestrator.batch import Batch, Examples, Loss, PolicyOutput, Rollout

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.model import LanguageModel, ScalarHead, TokenHead
+from actors.heads import ScalarHead, TokenHead
+from actors.model import LanguageModel
 from actors.shards import Shard
 from orchestrator.config import Optimizer
 

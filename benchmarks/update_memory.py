@@ -74,14 +74,14 @@ def one_side(model: str, tokens: int, side: str) -> dict[str, Any]:
     """Runs in its own process."""
     import torch
 
-    import actors.model
+    import actors.heads
     from actors.actor import Actor
     from orchestrator.algorithms import grpo
     from orchestrator.batch import Experience, Minibatch
     from orchestrator.config import Model, Optimizer
 
     if side == "logits":
-        actors.model.LOGITS_KEPT = 2**60
+        actors.heads.LOGITS_KEPT = 2**60
     source = Model(path=model, dtype="float32", max_length=LENGTH, gradient_checkpointing=True)
     policy_loss = grpo.CONFIG(kl_coef=0.0).policy_loss
     actor = Actor(

@@ -11,9 +11,19 @@ from actors.adapter import adapt, base_of, freeze
 from actors.model import LanguageModel, PolicyModel
 from orchestrator.config import Adapter, Run
 
+PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+    "liger": ("liger_kernel", "liger-kernel"),
+}
+
 
 def check_trainable(run: Run) -> None:
     """ValueError for layers or weights that the base model does not have, and for what cannot run here."""
+    if run.model.attention in PACKAGES:
+        _check_kernels(run, f"model.attention={run.model.attention}", run.model.attention, "sdpa")
+    if run.model.liger:
+        _check_kernels(run, "model.liger=true", "liger", "false")
     if run.rl is not None and run.placement.backbone == "shared" and run.roles.reward.model:
         reward_adapter(run.roles.reward.model, run.roles.actor.model or run.model.path)
     adapters = {field: adapter for field, (adapter, *_) in run.trained.items() if adapter is not None}
@@ -63,6 +73,17 @@ def _check_quantize(run: Run, field: str, adapter: Adapter) -> None:
         raise ValueError(
             f"{field}.quantize={adapter.quantize} needs bitsandbytes, which is not installed here; "
             "`pip install bitsandbytes`, or leave quantize out: lora on the whole base"
+        )
+
+
+def _check_kernels(run: Run, setting: str, kernels: str, instead: str) -> None:
+    module, package = PACKAGES[kernels]
+    if not run.roles.actor.gpus:
+        raise ValueError(f"{setting} runs on GPUs only; set roles.actor.gpus, or use {instead}")
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(
+            f"{setting} needs {package}, which is not installed here; `pip install {package}`, or use "
+            f"{instead}"
         )
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from actors import backend, model
+from actors import backend, heads
 from actors.actor import Actor
 from actors.backend import _schedule
 from actors.training_state import NonFiniteStateError
@@ -83,7 +83,7 @@ def actor(
     """On two ranks with buckets and shards that a tiny model fills several times over."""
     if place.world_size > 1:
         backend.GATHER_ELEMENTS, backend.REDUCE_ELEMENTS, backend.PERSISTENT_ELEMENTS = 600, 300, 0
-        model.LOGITS_KEPT, model.LOGITS_PER_BLOCK = (0, tiny.VOCAB * 4) if save_memory else (2**25, 2**23)
+        heads.LOGITS_KEPT, heads.LOGITS_PER_BLOCK = (0, tiny.VOCAB * 4) if save_memory else (2**25, 2**23)
     worker = Actor(
         model=Model(path=str(folder), dtype=dtype, gradient_checkpointing=save_memory),
         optimizer=Optimizer(**optimizer),

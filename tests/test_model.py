@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
 )
 
+from actors import heads
 from actors import model as models
 from actors.model import LanguageModel, PolicyModel, ScoreModel, ValueModel
 from orchestrator.config import Model
@@ -128,9 +129,9 @@ def test_blocks_of_logits_change_neither_logprobs_nor_gradients(
     tokens = torch.arange(40).view(4, 10) % tiny.VOCAB
     mask = torch.ones_like(tokens, dtype=torch.bool)
     answers = []
-    monkeypatch.setattr(models, "LOGITS_PER_BLOCK", 5 * tiny.VOCAB)
+    monkeypatch.setattr(heads, "LOGITS_PER_BLOCK", 5 * tiny.VOCAB)
     for kept in (2**25, 0):  # whole; blocks of five rows, the last of one
-        monkeypatch.setattr(models, "LOGITS_KEPT", kept)
+        monkeypatch.setattr(heads, "LOGITS_KEPT", kept)
         policy = PolicyModel.load(source(tmp_path, tiny.llama()))
         logprobs, entropy, _ = policy(tokens, mask, mask, 0.7, True)
         ((logprobs.sum() + entropy.square().sum()) / tokens.numel()).backward()  # of a mean: below 2
@@ -145,8 +146,8 @@ def test_blocks_follow_the_formulas_in_float64(
     softcap: float | None, entropy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log-prob, entropy and every gradient, with all that heads do to logits: bias, scale, cap, heat."""
-    monkeypatch.setattr(models, "LOGITS_KEPT", 0)
-    monkeypatch.setattr(models, "LOGITS_PER_BLOCK", 3 * 11)
+    monkeypatch.setattr(heads, "LOGITS_KEPT", 0)
+    monkeypatch.setattr(heads, "LOGITS_PER_BLOCK", 3 * 11)
     torch.manual_seed(1)
     plain = nn.Linear(6, 11)
     config = LlamaConfig(final_logit_softcapping=softcap, logit_scale=1.7)
@@ -159,7 +160,7 @@ def test_blocks_follow_the_formulas_in_float64(
     expected = [every[torch.arange(7), targets], -(every.exp() * every).sum(-1)]
     (expected[0] @ upstream[0].double() + entropy * expected[1] @ upstream[1].double()).backward()
 
-    head, given = models.TokenHead(plain, config), states.requires_grad_()
+    head, given = heads.TokenHead(plain, config), states.requires_grad_()
     logprobs, entropies, _ = head(given, targets, 0.6, entropy, False)
     total = logprobs @ upstream[0]
     if entropy:
@@ -173,11 +174,11 @@ def test_blocks_follow_the_formulas_in_float64(
 
 def test_blocks_skip_a_frozen_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under LoRA: the states get the gradient they get from the whole path, the weight none."""
-    head = models.TokenHead(nn.Linear(6, 11, bias=False).requires_grad_(False), LlamaConfig())
+    head = heads.TokenHead(nn.Linear(6, 11, bias=False).requires_grad_(False), LlamaConfig())
     states, gradients = torch.randn(7, 6), []
-    monkeypatch.setattr(models, "LOGITS_PER_BLOCK", 22)
+    monkeypatch.setattr(heads, "LOGITS_PER_BLOCK", 22)
     for kept in (2**25, 0):
-        monkeypatch.setattr(models, "LOGITS_KEPT", kept)
+        monkeypatch.setattr(heads, "LOGITS_KEPT", kept)
         given = states.clone().requires_grad_()
         head(given, torch.arange(7), 1.0, False, False)[0].sum().backward()
         gradients.append(given.grad)
@@ -243,7 +244,7 @@ def test_values_of_a_bfloat16_model_are_computed_in_float32() -> None:
     torch.manual_seed(0)
     plain, states = nn.Linear(256, 1).bfloat16(), (10 * torch.randn(5, 256)).bfloat16()
     exact = states.double() @ plain.weight.double()[0] + plain.bias.double()
-    said = models.ScalarHead(plain)(states)
+    said = heads.ScalarHead(plain)(states)
     assert said.dtype == torch.float32
     torch.testing.assert_close(said.double(), exact, atol=1e-4, rtol=0)
 

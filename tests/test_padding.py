@@ -11,7 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from actors.model import PolicyModel, ValueModel
 from actors.padding import takes_lengths
-from orchestrator.config import Model
+from launch.trainable import check_trainable
+from orchestrator.config import Model, Run
 from tests import tiny
 
 TOKENS = torch.tensor([[3, 9, 4, 12, 7, 2], [8, 1, 6, 0, 0, 0], [0, 0, 5, 11, 10, 13]])
@@ -113,3 +114,33 @@ def test_layers_with_a_state_keep_their_rows() -> None:
     assert not takes_lengths(Holds("linear_attention", "flash_attention_2"))
     assert not takes_lengths(Holds("mamba", "flash_attention_2"))
     assert not takes_lengths(Holds("sliding_attention", "sdpa"))
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "said"),
+    [
+        ({"attention": "flash_attention_2"}, 0, r"runs on GPUs only; set roles\.actor\.gpus, or use sdpa"),
+        ({"attention": "flash_attention_2"}, 1, r"needs flash-attn, which is not installed here"),
+        ({"liger": True}, 0, r"model\.liger=true runs on GPUs only; .* or use false"),
+        ({"liger": True}, 1, r"needs liger-kernel, which is not installed here"),
+    ],
+)
+def test_kernels_that_cannot_run_here_are_refused(model: dict, gpus: int, said: str) -> None:
+    run = Run(model={"path": "x", **model}, sft={}, roles={"actor": {"gpus": gpus}})
+    with pytest.raises(ValueError, match=said):
+        check_trainable(run)
+
+
+def test_ligers_kernels_go_into_the_layers_after_the_head_was_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Liger itself runs on GPUs only: here only what it is asked for."""
+    asked: list[tuple[str, dict[str, bool]]] = []
+    monkeypatch.setattr(
+        "actors.model.apply_liger_kernel", lambda model, config: asked.append((type(model).__name__, config))
+    )
+    folder = Model(path=tiny.save(tmp_path, tiny.llama()), dtype="float32", liger=True)
+    PolicyModel.load(folder)
+    ValueModel.load(folder)
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert asked == [("LlamaForCausalLM", losses), ("LlamaForSequenceClassification", losses)]

@@ -23,6 +23,8 @@ class Model(Settings):
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     """Attention implementation of Transformers. With flash attention (GPUs, package flash-attn) the rows of a
     micro-batch lie behind one another and nothing is computed for padding."""
+    liger: bool = False
+    """Liger's kernels for norms, rotary positions and MLPs (GPUs, package liger-kernel)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about 30 % slower, much less memory."""
     adapter: Adapter | None = None

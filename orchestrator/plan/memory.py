@@ -16,7 +16,7 @@ from orchestrator.plan.shapes import Shape
 from orchestrator.plan.workload import Workload
 
 BYTES = {"float32": 4, "bfloat16": 2}
-LOGITS_PER_BLOCK = 2**25  # actors/model.py
+LOGITS_KEPT = 2**25  # actors/heads.py
 REDUCE_ELEMENTS = 2**25  # actors/backend.py; one bucket for gradients, one for weights
 LIVE_ELEMENTS = 10**9  # DeepSpeed's stage3_max_live_parameters: whole layers that ZeRO-3 keeps gathered
 CPU_KV_CACHE_MIB = 256  # actors/engine.py
@@ -213,7 +213,7 @@ def _activations(model: Model, shape: Shape, tokens: int, workload: Workload, *,
     parts = [Part(name="activations", bytes=tokens * kept, spread=spread)]
     if not shape.scalar:
         asked = tokens * workload.limit / workload.longest  # only positions of responses meet the vocabulary
-        block = min(asked * shape.vocab, LOGITS_PER_BLOCK) * 4
+        block = min(asked * shape.vocab, LOGITS_KEPT) * 4
         parts.append(Part(name="logits", bytes=block * (3 if trained else 2), spread=0.3))
     return parts
 

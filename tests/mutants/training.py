@@ -177,7 +177,7 @@ TRAINING = (
     Mutant(
         name="values leave a bfloat16 model with two digits",
         row="C7",
-        file="actors/model.py",
+        file="actors/heads.py",
         old="return F.linear(states.float(), self.weight.float(), bias).squeeze(-1)",
         new="bias = self.bias\n        return F.linear(states, self.weight, bias).float().squeeze(-1)",
         tests=("tests/test_model.py::test_values_of_a_bfloat16_model_are_computed_in_float32",),

@@ -23,6 +23,11 @@ class ElasticFleet(EngineFleet):
         """Engines that serve, or will when they have been replaced or have their weights."""
         return len(self._in(State.SERVING, State.WAITING, State.AWAY))
 
+    @property
+    def unsettled(self) -> bool:
+        """An engine is being replaced, or answers its last prompts. Every sync has engines that wait."""
+        return bool(self._in(State.AWAY, State.LEAVING))
+
     async def join(self, engine: EngineHandle, restarts: int) -> None:
         """``engine`` has started, with the weights of the model folder. Returns when it serves those of the
         others, or waits for a sync that is about to bring newer ones."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle, ActorMethod
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -104,7 +104,8 @@ class RemoteWorker:
             return self._outcome(answer, verb, lost)
         answer.add_done_callback(self._late)
         if not lost.done():
-            await self._stalled(f"did not answer {verb} within {limit:g} s")
+            why = "" if self.lines else "; it never began: no host has room for it, or none can start it"
+            await self._stalled(f"did not answer {verb} within {limit:g} s{why}")
         raise WorkerLost(lost.result())
 
     def _broken(self, answer: asyncio.Future[Any], verb: str) -> str:
@@ -126,7 +127,7 @@ class RemoteWorker:
             if isinstance(error.cause, ProcessGone):
                 raise WorkerLost(self.lose(f"failed in {verb}: {error.cause}", lost)) from error
             raise RoleError(f"{self.name} failed in {verb}: {error.cause!r}") from error
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError) as error:  # an answer that its host took with it
             raise WorkerLost(self.lose(f"died in {verb}: {_first_line(error)}", lost)) from error
 
     def _late(self, answer: asyncio.Future[Any]) -> None:
@@ -226,11 +227,11 @@ class RemoteWorker:
         self.dismiss()
         if not self.lines:
             return
-        pids = [line.pid for line in self.lines]
-        if self.lines[0].node == socket.gethostname():
-            _kill(pids)
+        node, pids = self.lines[0].node, [line.pid for line in self.lines]
+        if node == socket.gethostname():
+            _kill(node, pids)
         else:
-            ray.remote(num_cpus=0, scheduling_strategy=self._place, max_retries=0)(_kill).remote(pids)
+            ray.remote(num_cpus=0, scheduling_strategy=self._place, max_retries=0)(_kill).remote(node, pids)
 
     def revive(self) -> None:
         """Ends what is left of the process and starts its successor, which knows nothing yet."""
@@ -253,13 +254,16 @@ class RemoteWorker:
         )
 
 
-def _kill(pids: Sequence[int]) -> None:
+def _kill(node: str, pids: Sequence[int]) -> None:
+    """On ``node`` only: the seat of a host that was lost is on another one, where its pids are strangers'."""
+    if socket.gethostname() != node:
+        return
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _first_line(error: RayActorError) -> str:
+def _first_line(error: RayActorError | ObjectLostError) -> str:
     """Ray adds ten lines of advice."""
     return str(error).strip(" '\n").splitlines()[0]
 

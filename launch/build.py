@@ -199,9 +199,8 @@ class Crew:
             report=self.incidents,
         )
         self.keep(fleet)
-        self.engine_count = EngineCount(
-            self.cluster, fleet, spawn_one, dict(zip(engines, places, strict=True))
-        )
+        started = dict(zip(engines, places, strict=True))
+        self.engine_count = EngineCount(run, self.cluster, fleet, spawn_one, started)
         await asyncio.gather(*(engine.start() for engine in engines))
         return fleet
 

@@ -43,7 +43,7 @@ verbs
   config RUN... [a.b.c=value ...]                       print the run with every default filled in
   report RUN                                            one page: curves, device time, timeline, samples
   bench SUITE... | compare A B                          how fast each part is, against what bounds it
-  scale RUN engine=4                                    engines join or leave a run that is at work
+  scale RUN engine=4 [--to TARGET]                      engines join or leave a run that is at work
   train --help                                          every field of a run
   submit RUN... --to TARGET                             the run on local, ray, kuberay or slurm;
                                                         also render, lint, status, logs, stop, resume
@@ -178,13 +178,17 @@ def export(argv: Sequence[str]) -> int:
 
 
 def scale(argv: Sequence[str]) -> int:
-    """``quartet scale RUN engine=4``: a run_dir, or what was trained."""
+    """``quartet scale RUN engine=4 [--to TARGET]``: a run_dir, or what was trained or submitted."""
     from launch import scale as scaling  # noqa: PLC0415
+    from launch.submit import verbs  # noqa: PLC0415
 
-    words, changes = scaling.split(argv)
-    parsed = run_parser("scale").parse_intermixed_args(words).words
-    is_folder = len(parsed) == 1 and Path(parsed[0]).is_dir()
-    return scaling.main(Path(parsed[0]) if is_folder else resolve(parsed).run_dir, changes)
+    parser = run_parser("scale")
+    verbs.add_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    words, arguments.changes = scaling.split(arguments.words)
+    if len(words) == 1 and Path(words[0]).is_dir():
+        return scaling.main(Path(words[0]), arguments.changes)
+    return verbs.main("scale", resolve(words), arguments)
 
 
 def on_target(verb: str, argv: Sequence[str]) -> int:

@@ -28,6 +28,9 @@ from launch.trace import RunTrace
 from orchestrator.config import Run
 from orchestrator.placement import Layout, Resources, Seat, layout, request, shortage
 
+GRANT_S = (
+    1  # of one look at a placement group, in a thread that nobody can interrupt; Ray takes whole seconds
+)
 OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: a few batches of experience
 
 
@@ -120,9 +123,14 @@ class Cluster(AbstractContextManager["Cluster"]):
         engine = self._run.engine.model_copy(update={"replicas": 1})
         plan = layout(self._run.model_copy(update={"engine": engine}), ["engine"])
         (group,) = _groups_of(plan)
-        if not await asyncio.to_thread(group.wait, self._run.placement.timeout_s):
+        deadline = time.monotonic() + self._run.placement.timeout_s
+        try:
+            while not await asyncio.to_thread(group.wait, GRANT_S):
+                if time.monotonic() > deadline:
+                    raise PlacementError(self._refusal(plan))
+        except BaseException:  # cancelled too: the run is over
             remove_placement_group(group)
-            raise PlacementError(self._refusal(plan))
+            raise
         self._groups.append(group)
         self._single.append(group)
         return plan.seats["engine"][0], group

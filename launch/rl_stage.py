@@ -7,8 +7,10 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
+from launch.autoscaling import Autoscaling
 from launch.build import Crew, rl_roles
 from launch.dump import dump
+from launch.engine_count import EngineCount
 from launch.graceful import StoppedAfterCheckpoint
 from launch.progress import write_samples
 from launch.recovery import TrainedLog, through_losses
@@ -54,7 +56,9 @@ async def _run(session: Session, rl: RL, prompts: PromptSet, models: dict[str, s
         timeline = Timeline()
         roles = timed(await crew.rl(models), timeline)
         ledger = Ledger(prompts.prompts, seed=run.seed)
-        journal = Journal(session, rl, roles, ledger, timeline)
+        assert crew.engine_count is not None
+        autoscaling = autoscaling_of(session, rl, crew.engine_count)
+        journal = Journal(session, rl, roles, ledger, timeline, autoscaling)
 
         async def go_on() -> None:
             ledger.forget()
@@ -64,10 +68,7 @@ async def _run(session: Session, rl: RL, prompts: PromptSet, models: dict[str, s
                 seed=run.seed, pad_id=session.materials.pad_id,
             )  # fmt: skip
 
-        assert crew.engine_count is not None
-        scaling = asyncio.create_task(
-            crew.engine_count.follow(session.folder.path, run.recovery.restarts, session.progress.note)
-        )
+        scaling = asyncio.create_task(crew.engine_count.follow(session.progress.note))
         try:
             await through_losses(go_on, crew, journal)
         finally:
@@ -81,6 +82,14 @@ async def _run(session: Session, rl: RL, prompts: PromptSet, models: dict[str, s
         return {**result, **journal.accuracies}
     finally:
         await crew.close()
+
+
+def autoscaling_of(session: Session, rl: RL, count: EngineCount) -> Autoscaling | None:
+    """None: nobody moves the number of engines but ``quartet scale``."""
+    settings = session.run.engine.autoscale
+    if settings is None:
+        return None
+    return Autoscaling(settings, count, session.progress.note, overlaps=rl.staleness > 0)
 
 
 def probe_of(prompts: Sequence[Prompt], run: Run) -> Probe:
@@ -99,8 +108,17 @@ def probe_of(prompts: Sequence[Prompt], run: Run) -> Probe:
 class Journal:
     """Logs, checkpoints and evaluates around the steps."""
 
-    def __init__(self, session: Session, rl: RL, roles: Roles, ledger: Ledger, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        session: Session,
+        rl: RL,
+        roles: Roles,
+        ledger: Ledger,
+        timeline: Timeline,
+        autoscaling: Autoscaling | None = None,
+    ) -> None:
         self.session, self.rl, self.roles, self.ledger, self.timeline = session, rl, roles, ledger, timeline
+        self.autoscaling = autoscaling
         self.folder = session.folder.path / "rl"
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
@@ -158,6 +176,8 @@ class Journal:
             **times.metrics(),
             **self.session.cluster.trace.step("rl", step, times.start, times.start + times.wall_s),
         }
+        if self.autoscaling is not None:
+            figures |= self.autoscaling.stepped(figures)
         if self.rl.best_metric not in (None, HELDOUT_ACCURACY, *figures):
             raise ValueError(
                 f"rl.best_metric={self.rl.best_metric!r} is no metric of a step; known: {sorted(figures)}, "

@@ -40,6 +40,11 @@ STALENESS = "staleness/"  # + age: share of the action tokens drawn from weights
 OVERHEAD_S = "overhead_s"  # of it, seconds in which no worker worked, by the workers' own clocks
 OVERHEAD_FRACTION = "overhead_fraction"
 SCORING_HIDDEN = "scoring_hidden"  # share of reward and reference work done while somebody generated
+TRAINER_WAIT = "trainer_wait"  # share of the step in which some engine generates and no trainer works
+ENGINE_BUSY = "engine_busy"  # in which an engine generates; mean of the engines
+ENGINE_IDLE = "engine_idle"  # in which it does nothing; mean of the engines
+ENGINES = "engines"  # that serve; 0 while their number changes
+ENGINES_WANTED = "engines_wanted"  # by engine.autoscale from this step on
 SECONDS = "seconds/"  # + phase (timeline.Phase)
 DEVICE = "device/"  # + useful, or the cause of a loss: share of the time of all devices (work.py)
 

@@ -59,6 +59,7 @@ CAUSES: dict[str, frozenset[Work]] = {  # of work; the order decides what a wait
 # What hides the other when a worker does two things: requests under way stand still while weights arrive.
 FIRST = (Work.RECEIVE, Work.SEND, Work.SLEEP)
 ON_TOP = (*FIRST, *(work for work in Work if work not in FIRST))
+TRAINERS = ("actor", "critic")
 HIDDEN_ROLES = ("reward", "reference")  # their work can hide behind generation at any staleness
 
 
@@ -214,6 +215,30 @@ def hidden_share(spans: Sequence[WorkSpan], start: float, end: float) -> float |
     return hidden / worked if worked else None
 
 
+def engine_shares(
+    spans: Sequence[WorkSpan], seats: Sequence[Seated], start: float, end: float
+) -> dict[str, float]:
+    """What ``autoscale.py`` weighs, as shares of a step; nothing of a stage without engines.
+
+    Example, the step above: the engine generates for 6 s and receives for 1 of 10, and meanwhile the actor
+    does nothing for 6: trainer_wait 0.6, engine_busy 0.6, engine_idle 0.3.
+    """
+    engines = [seat for seat in seats if seat.worker.startswith("engine")]
+    if not engines or end <= start:
+        return {}
+    training = covered([s for s in spans if s.seat.worker.startswith(TRAINERS)], Work, start, end)
+    waited = difference(covered(spans, {Work.GENERATE}, start, end), training)
+    own = [[span for span in spans if span.seat == seat] for seat in engines]
+    total = (end - start) * len(engines)
+    busy = sum(length(covered(work, {Work.GENERATE}, start, end)) for work in own)
+    worked = sum(length(covered(work, Work, start, end)) for work in own)
+    return {
+        metrics.TRAINER_WAIT: length(waited) / (end - start),
+        metrics.ENGINE_BUSY: busy / total,
+        metrics.ENGINE_IDLE: 1 - worked / total,
+    }
+
+
 def work_metrics(
     spans: Sequence[WorkSpan], seats: Sequence[Seated], start: float, end: float
 ) -> dict[str, float]:
@@ -225,5 +250,6 @@ def work_metrics(
         metrics.OVERHEAD_S: idle,
         metrics.OVERHEAD_FRACTION: idle / (end - start) if end > start else 0.0,
         **({} if hidden is None else {metrics.SCORING_HIDDEN: hidden}),
+        **engine_shares(spans, seats, start, end),
         **{metrics.DEVICE + cause: share for cause, share in device_shares(spans, seats, start, end).items()},
     }

@@ -6,6 +6,7 @@ operator runs: a test plays it with ``set_status`` and ``execute``.
 """
 
 import asyncio
+import copy
 import json
 import secrets
 import ssl
@@ -22,6 +23,7 @@ from tests import kubernetes
 
 KINDS = {  # plural -> (group/version, kind, namespaced)
     "rayjobs": ("ray.io/v1", "RayJob", True),
+    "rayclusters": ("ray.io/v1", "RayCluster", True),
     "configmaps": ("v1", "ConfigMap", True),
     "secrets": ("v1", "Secret", True),
     "persistentvolumeclaims": ("v1", "PersistentVolumeClaim", True),
@@ -158,19 +160,22 @@ class KubeApi:
         if refusal := self._refusal(request):
             return refusal
         plural, name = request.match_info["plural"], request.match_info["name"]
+        known = self.objects.get((plural, name))
         if request.method == "PATCH":
-            return self._store(plural, yaml.safe_load(await request.text()))
-        if (plural, name) not in self.objects:
+            body = yaml.safe_load(await request.text())
+            is_patch = request.content_type == "application/json-patch+json"
+            return self._store(plural, json_patched(known, body) if is_patch else body)
+        if known is None:
             return failure(404, "NotFound", f'{plural} "{name}" not found')
         if request.method == "DELETE":
             del self.objects[plural, name]
             return answer({"kind": "Status", "apiVersion": "v1", "status": "Success"})
-        return answer(self.objects[plural, name])
+        return answer(known)
 
     def _store(self, plural: str, document: dict[str, Any]) -> web.Response:
-        name = document["metadata"]["name"]
-        if plural == "rayjobs" and (wrong := kubernetes.errors(document)):
-            return failure(422, "Invalid", f'RayJob.ray.io "{name}" is invalid: {"; ".join(wrong)}')
+        name, kind = document["metadata"]["name"], document["kind"]
+        if plural in ("rayjobs", "rayclusters") and (wrong := kubernetes.errors(document)):
+            return failure(422, "Invalid", f'{kind}.ray.io "{name}" is invalid: {"; ".join(wrong)}')
         status = self.objects.get((plural, name), {}).get("status")
         self.objects[plural, name] = document | ({"status": status} if status else {})
         return answer(document, 201)
@@ -192,6 +197,22 @@ class KubeApi:
         await socket.send_bytes(b"\x03" + json.dumps(status).encode())
         await socket.close()
         return socket
+
+
+def json_patched(known: dict[str, Any] | None, operations: list[dict[str, Any]]) -> dict[str, Any]:
+    """RFC 6902, as far as it is used: test, add and replace of the fields of an object."""
+    assert known is not None
+    document = copy.deepcopy(known)
+    for operation in operations:
+        *parents, last = operation["path"].split("/")[1:]
+        node: Any = document
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        assert operation["op"] == "add" or last in node
+        if operation["op"] == "test":
+            assert node[last] == operation["value"]
+        node[last] = operation["value"]
+    return document
 
 
 def answer(body: dict[str, Any], status: int = 200) -> web.Response:

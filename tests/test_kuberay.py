@@ -3,6 +3,7 @@
 import copy
 import shutil
 import subprocess
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -12,6 +13,7 @@ from launch.submit import features, kube_rules, kustomize, manifests
 from launch.submit.job import State
 from launch.submit.kube_settings import Feature
 from launch.submit.targets.kuberay import Target, report
+from orchestrator.config import Autoscale
 from tests import kubernetes
 
 OVERLAYS = [None, *get_args(Feature)]
@@ -79,6 +81,33 @@ def test_each_role_has_a_group_of_its_own_size():
     assert gpus == {"actor": "2", "engine": "2", "critic": "2", "reward": "1", "reference": "1"}
     split = {g["groupName"]: g["replicas"] for g in manifests.worker_groups(job, small)}
     assert split == {"actor": 2, "engine": 2, "critic": 2, "reward": 1, "reference": 1}
+
+
+def test_a_run_that_moves_its_engines_has_a_group_that_grows():
+    job, settings = kustomize.inputs()
+    engine = job.run.engine.model_copy(update={"autoscale": Autoscale(max=7)})
+    moving = replace(job, run=job.run.model_copy(update={"engine": engine}))
+    rayjob = manifests.ray_job(moving, settings.model_copy(update={"gpus_per_pod": 2}))
+    assert kubernetes.errors(rayjob) == [] and kube_rules.operator_rules(rayjob) == []
+    cluster = rayjob["spec"]["rayClusterSpec"]
+    assert (
+        cluster["enableInTreeAutoscaling"] and "no-monitor" not in cluster["headGroupSpec"]["rayStartParams"]
+    )
+    bounds = {
+        group["groupName"]: (group["minReplicas"], group["replicas"], group["maxReplicas"])
+        for group in cluster["workerGroupSpecs"]
+    }
+    assert bounds.pop("engine") == (1, 1, 4)  # two engines in a pod: seven want four
+    assert all(low == now == high for low, now, high in bounds.values())
+    tokens = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    assert [group["template"]["spec"]["automountServiceAccountToken"] for group in tokens] == [
+        True, *[False] * (len(tokens) - 1)
+    ]  # fmt: skip
+    kueue = settings.model_copy(update={"features": ("kueue",)})
+    assert any(
+        "engine.autoscale; leave one of them out" in said for said in kube_rules.job_rules(moving, kueue)
+    )
+    assert kube_rules.job_rules(job, kueue) == []
 
 
 def test_a_renamed_key_or_a_wrong_type_anywhere_is_seen_by_the_schema():

@@ -1,6 +1,7 @@
 """`quartet submit --to kuberay` and the other verbs: the real kubectl against a double of the API server."""
 
 import base64
+import copy
 import json
 import secrets
 import shutil
@@ -25,11 +26,17 @@ class Head:
 
     def __init__(self) -> None:
         self.asked = []
+        self.engines = []  # the pods in which they live
         self.log, self.pieces = "", []  # pieces are said one after the other, then the job succeeds
 
     def __call__(self, pod, argv):
         self.asked.append((pod, *argv))
         job = argv[-1]
+        if argv[0] == "cat":
+            engines = [{"role": "engine", "rank": k, "node": node} for k, node in enumerate(self.engines)]
+            return json.dumps([{"role": "driver", "rank": 0, "node": pod}, *engines]), 0
+        if argv[1:4] == ["-m", "launch.cli", "scale"]:
+            return self.scaled(int(job.removeprefix("engine=")))
         if argv[:3] == ["ray", "job", "stop"]:
             self.api.set_status(
                 job, jobDeploymentStatus="Failed", jobStatus="FAILED", rayClusterName=f"{job}-x",
@@ -41,6 +48,13 @@ class Head:
             if not self.pieces:
                 self.runs(job, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")
         return self.log, 0
+
+    def scaled(self, engines):
+        """The run in the head pod is asked; what leaves has left, and pods for what joins come later."""
+        if engines > 9:
+            return "quartet: error: max=9", 2
+        del self.engines[engines:]
+        return "", 0
 
     def runs(self, job, **status):
         """The operator has started the cluster and the job."""
@@ -123,6 +137,51 @@ def test_submit_status_logs_stop_and_resume(head, quartet):
     for secret in [*CANARIES.values(), token, base64.b64encode(token.encode()).decode()]:
         assert secret not in stored and not any(secret in text for text in printed)
         assert not any(secret in word for words in head.asked for word in words)
+
+
+def test_the_engines_of_a_run_at_work_get_pods_and_give_them_back_by_name(head, quartet):
+    api, cluster = head.api, "ppo-0-x"
+
+    def group():
+        groups = api.objects["rayclusters", cluster]["spec"]["workerGroupSpecs"]
+        found = next(one for one in groups if one["groupName"] == "engine")
+        return found["replicas"], found["maxReplicas"], found.get("scaleStrategy")
+
+    alone = ("--at", "gpus_per_pod=1")  # one engine in a pod; the run begins with two
+    quartet("submit", *alone)
+    status, said = quartet("scale", "engine=4", *alone)
+    assert status == 2 and "ppo-0 is pending; only a run at work changes its engines" in said
+    head.runs("ppo-0")
+    spec = api.objects["rayjobs", "ppo-0"]["spec"]["rayClusterSpec"]
+    api.put("rayclusters", cluster, spec=copy.deepcopy(spec))
+    assert group() == (2, 2, None)
+    asked = copy.deepcopy(api.objects["rayclusters", cluster])
+
+    assert quartet("scale", "engine=10", *alone)[0] == 2  # the run refuses it
+    assert api.objects["rayclusters", cluster] == asked
+    assert quartet("scale", "engine=4", *alone) == (
+        0,
+        "ppo-0 was asked for 4 engine(s); their worker group has 4 pod(s)\n",
+    )
+    assert group() == (4, 4, {"workersToDelete": []})
+    head.engines = [f"engine-{k}" for k in range(4)]
+    for pod in head.engines:
+        labels = {"ray.io/cluster": cluster, "ray.io/group": "engine"}
+        api.put("pods", pod, labels=labels, spec={"containers": []})
+    assert quartet("scale", "engine=3", *alone)[0] == 0
+    assert group() == (3, 3, {"workersToDelete": ["engine-3"]})
+    del api.objects["pods", "engine-3"]
+    # The seats of the first two stay reserved, so their pods do.
+    assert quartet("scale", "engine=1", *alone)[0] == 0
+    assert group()[0] == 2
+    api.objects["rayclusters", cluster]["spec"]["enableInTreeAutoscaling"] = True
+    assert "Ray's autoscaler gives them pods" in quartet("scale", "engine=4", *alone)[1]
+    assert group()[0] == 2
+    api.objects["rayclusters", cluster]["spec"]["workerGroupSpecs"] = [
+        one | {"groupName": "actor-engine"} for one in spec["workerGroupSpecs"][:1]
+    ]
+    status, said = quartet("scale", "engine=2", *alone)
+    assert status == 2 and "no worker group of ppo-0-x is for engines alone (there are actor-engine)" in said
 
 
 def test_a_job_without_a_head_is_stopped_by_deleting_it(head, quartet):

@@ -3,19 +3,22 @@
 import asyncio
 import os
 import signal
+import socket
+import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from ray.exceptions import ObjectLostError
 from ray.util.placement_group import placement_group
 
 from actors.all_ranks import all_ranks
 from actors.errors import WorkerLost, broke_collective
 from actors.group import LearnerGroup, WorkerGroup
 from actors.object_store import ObjectStore
-from actors.remote_worker import RemoteWorker, spawn
+from actors.remote_worker import RemoteWorker, _kill, spawn
 from actors.vital_signs import Pulse, VitalSigns
 from actors.ward import Ward
 from orchestrator.config import Deadlines
@@ -148,6 +151,16 @@ async def test_a_call_past_its_deadline_ends_the_worker(ward, bundle) -> None:
     await group.close()
 
 
+async def test_a_worker_for_which_no_host_has_room_says_so_at_its_deadline(ward, bundle) -> None:
+    full = [worker(ward, bundle, f"slow rank {k}") for k in range(5)]  # of a quarter of a CPU each
+    for slow in full[:4]:
+        await slow.call(slow.handle.wait, 0)
+    with pytest.raises(WorkerLost, match="slow rank 4 did not answer describe within 1 s; it never began"):
+        await full[4].call(full[4].handle.describe, deadline_s=1)
+    for slow in full:
+        slow.end()
+
+
 async def test_late_answers_of_a_process_that_was_given_up_are_dropped_and_counted(
     ward, bundle, incidents
 ) -> None:
@@ -195,6 +208,25 @@ async def test_a_broken_collective_names_its_rank_and_the_group_is_built_anew(
     await group.rebuild()
     assert await group.total(skips=False) == [2.0, 2.0]
     await group.close()
+
+
+async def test_an_answer_that_is_lost_with_its_host_is_the_loss_of_the_worker(ward, bundle) -> None:
+    slow = worker(ward, bundle)
+    answer = asyncio.get_running_loop().create_future()
+    answer.set_exception(ObjectLostError("ab" * 14, None, ""))
+    with pytest.raises(WorkerLost, match="slow rank 0 died in generate: Failed to retrieve object abab"):
+        slow._outcome(answer, "generate", slow._loss())
+    assert slow.lost
+    slow.end()
+
+
+def test_pids_of_another_host_are_left_alone() -> None:
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        _kill("another-host", [sleeper.pid])
+        time.sleep(0.1)
+        assert sleeper.poll() is None
+        _kill(socket.gethostname(), [sleeper.pid])
+        assert sleeper.wait(5) == -signal.SIGKILL
 
 
 async def test_a_loss_after_the_kernel_took_memory_says_so_once(

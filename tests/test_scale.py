@@ -8,7 +8,7 @@ import pytest
 
 from actors.elastic_fleet import ElasticFleet
 from launch.cli import main
-from launch.scale import wanted_engines
+from launch.scale import BY_COMMAND, Wish, ask, asked, forget_older
 from orchestrator.config import Run
 from orchestrator.configfile import write_run
 from tests.test_fleet import SAMPLING, FakeEngine, FakePolicy, prompt, sync
@@ -103,10 +103,11 @@ async def test_the_last_engine_stays() -> None:
         await fleet.leave()
 
 
-def run_in(folder, **fields) -> None:
+def run_in(folder, **fields) -> Run:
     roles = {"reward": {"function": "exact_match"}}
     tree = {"model": {"path": "m"}, "run_dir": str(folder), "rl": {}, "roles": roles, **fields}
     write_run(Run(**tree), folder / "config.yaml")
+    return Run(**tree)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +121,10 @@ def run_in(folder, **fields) -> None:
     ],
 )
 def test_numbers_and_roles_that_cannot_be_are_refused(tmp_path, capsys, change, says):
-    run_in(tmp_path)
+    run = run_in(tmp_path)
     assert main(["scale", str(tmp_path), change]) == 2
     assert says in capsys.readouterr().err
-    assert wanted_engines(tmp_path) is None
+    assert asked(run, tmp_path) is None
 
 
 def test_a_run_that_is_not_at_work_or_shares_its_devices_is_refused(tmp_path, capsys):
@@ -138,11 +139,33 @@ def test_a_run_that_is_not_at_work_or_shares_its_devices_is_refused(tmp_path, ca
 
 
 def test_the_number_is_where_the_run_at_work_looks_for_it(tmp_path, capsys):
-    run_in(tmp_path)
+    run = run_in(tmp_path, engine={"autoscale": {"max": 3}})
     lock = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         assert main(["scale", str(tmp_path), "engine=3"]) == 0
+        assert main(["scale", str(tmp_path), "engine=4"]) == 2
     finally:
         os.close(lock)
-    assert wanted_engines(tmp_path) == 3
+    assert "engine=4: the run moves the number itself, between engine.autoscale.min=1 and max=3" in (
+        capsys.readouterr().err
+    )
+    assert asked(run, tmp_path) == Wish(engines=3, by=BY_COMMAND)
+
+
+def test_a_resume_keeps_the_number_unless_it_brings_another(tmp_path):
+    started = run_in(tmp_path, engine={"replicas": 2})
+    ask(started, tmp_path, Wish(engines=4, by=BY_COMMAND))
+    forget_older(started, tmp_path)
+    assert asked(started, tmp_path) == Wish(engines=4, by=BY_COMMAND)
+    resumed = run_in(tmp_path, engine={"replicas": 3})
+    assert asked(resumed, tmp_path) is None
+    forget_older(resumed, tmp_path)
+    assert asked(started, tmp_path) is None  # what was asked before does not come back with the old number
+
+
+def test_a_resume_with_other_bounds_keeps_what_they_allow_of_the_number(tmp_path):
+    started = run_in(tmp_path, engine={"replicas": 2, "autoscale": {"max": 8}})
+    ask(started, tmp_path, Wish(engines=6, by=BY_COMMAND))
+    resumed = run_in(tmp_path, engine={"replicas": 2, "autoscale": {"max": 4}})
+    assert asked(resumed, tmp_path) == Wish(engines=4, by=BY_COMMAND)

@@ -16,6 +16,7 @@ from orchestrator.work import (
     WorkBook,
     WorkSpan,
     device_shares,
+    engine_shares,
     hidden_share,
     work_metrics,
 )
@@ -66,6 +67,18 @@ def test_roles_on_one_device_count_once():
     spans = [*STEP, span(beside, Work.SCORE, 5, 8)]  # 7 to 8 beside the update
     shares = device_shares(spans, [ENGINE, ACTOR, beside], 0, 10)
     assert shares["useful"] == pytest.approx((6 + 4) / 20) and sum(shares.values()) == pytest.approx(1)
+
+
+def test_what_trainers_wait_for_and_engines_leave_undone():
+    assert engine_shares(STEP, [ENGINE, ACTOR], 0, 10) == pytest.approx(
+        {"trainer_wait": 6 / 10, "engine_busy": 6 / 10, "engine_idle": 3 / 10}
+    )
+    second = Seated(worker="engine 1", device="3.0")
+    spans = [*STEP, span(second, Work.GENERATE, 5, 8)]  # from 7 on beside the update
+    assert engine_shares(spans, [ENGINE, second, ACTOR], 0, 10) == pytest.approx(
+        {"trainer_wait": 7 / 10, "engine_busy": 9 / 20, "engine_idle": 10 / 20}
+    )
+    assert engine_shares(STEP, [ACTOR], 0, 10) == {}  # a stage without engines
 
 
 def test_scoring_is_hidden_while_somebody_generates():

@@ -62,7 +62,13 @@ def one_gpu(run: Run) -> Run:
     """Every role on the same single GPU."""
     roles = {name: role.model_copy(update={"gpus": 1}) for name, role in run.roles if role is not None}
     engine = run.engine.model_copy(
-        update={"replicas": 1, "tensor_parallel": 1, "gpus": 1, "gpu_memory_fraction": 0.3}
+        update={
+            "replicas": 1,
+            "tensor_parallel": 1,
+            "gpus": 1,
+            "gpu_memory_fraction": 0.3,
+            "autoscale": None,
+        }
     )
     together = (("actor", "critic", "reward", "reference", "engine"),)
     return run.model_copy(

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -135,6 +135,15 @@ class Target(Protocol):
 
     def stop(self, run: Run, id: str) -> None:
         """Asks the job to checkpoint and end; after the grace it is ended. Returns when it is over."""
+        ...
+
+
+@runtime_checkable
+class Scales(Protocol):
+    """A target where the devices of a run grow with its engines."""
+
+    def scale(self, run: Run, id: str, engines: int) -> str:
+        """Asks the attempt for so many; what was done."""
         ...
 
 

@@ -45,6 +45,11 @@ def job_rules(job: Job, settings: CONFIG) -> list[str]:
         )
     if {"kueue", "volcano"} <= set(settings.features):
         found.append("features names kueue and volcano; one of them queues the job")
+    if "kueue" in settings.features and job.run.engine.autoscale:
+        found.append(
+            "features names kueue, which admits a fixed number of pods, and the run has engine.autoscale; "
+            "leave one of them out"
+        )
     smallest = min(settings.head_memory_gi, settings.memory_gi, settings.memory_per_gpu_gi)
     if settings.shm_gi >= smallest:
         found.append(

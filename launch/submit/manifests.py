@@ -16,10 +16,16 @@ from launch.environment import WORKER_ENV
 from launch.submit.capacity import stages_roles
 from launch.submit.job import Job, entrypoint, shell
 from launch.submit.kube_settings import CONFIG
+from orchestrator.config import Run
 from orchestrator.placement import Resources, layout
 
 Object = dict[str, Any]
 CONFIG_FOLDER, SHM = "/etc/quartet", "dshm"
+# The group of the engines grows when a placement group waits, and loses pods in which nobody lives.
+AUTOSCALING = {
+    "enableInTreeAutoscaling": True,
+    "autoscalerOptions": {"version": "v2", "idleTimeoutSeconds": 60},
+}
 RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
@@ -128,6 +134,7 @@ def ray_job(job: Job, settings: CONFIG) -> Object:
             "authOptions": {"mode": "token", "secretName": settings.token_secret},
             "headGroupSpec": head(job, settings),
             "workerGroupSpecs": worker_groups(job, settings),
+            **(AUTOSCALING if job.run.engine.autoscale else {}),
         },
     }
     if settings.deadline_s:
@@ -140,8 +147,13 @@ def head(job: Job, settings: CONFIG) -> Object:
     resources = {"cpu": str(settings.head_cpus), "memory": f"{settings.head_memory_gi}Gi"}
     template = pod("ray-head", resources, job, settings)
     template["metadata"]["annotations"] = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
-    # no-monitor: with fixed groups the monitor has nothing to do, and has removed "excess" workers.
-    return {"rayStartParams": {"num-cpus": "0", "num-gpus": "0", "no-monitor": "true"}, "template": template}
+    params = {"num-cpus": "0", "num-gpus": "0"}
+    if job.run.engine.autoscale:
+        template["spec"]["automountServiceAccountToken"] = True  # Ray's autoscaler lives here
+    else:
+        # With fixed groups the monitor has nothing to do, and has removed "excess" workers.
+        params["no-monitor"] = "true"
+    return {"rayStartParams": params, "template": template}
 
 
 def worker_groups(job: Job, settings: CONFIG) -> list[Object]:
@@ -157,13 +169,24 @@ def worker_groups(job: Job, settings: CONFIG) -> list[Object]:
     return [worker_group(members, bundles, job, settings) for members, bundles in groups.items()]
 
 
+def bundles_per_pod(bundles: tuple[Resources, ...], settings: CONFIG) -> int:
+    gpus = int(max(bundle.get("GPU", 0) for bundle in bundles))
+    return min(len(bundles), max(1, settings.gpus_per_pod // gpus) if gpus else settings.workers_per_pod)
+
+
+def engine_pods(run: Run, settings: CONFIG, engines: int) -> int:
+    """Pods of the size the run was submitted with that hold so many engines, which share them with nobody."""
+    bundles = layout(run, ["engine"]).groups[0]
+    return math.ceil(engines / bundles_per_pod(bundles, settings))
+
+
 def worker_group(
     roles: tuple[str, ...], bundles: tuple[Resources, ...], job: Job, settings: CONFIG
 ) -> Object:
     """``replicas`` pods of equal size that together hold the bundles; its own number scales the role."""
     gpus = int(max(bundle.get("GPU", 0) for bundle in bundles))
     cpus = max(bundle["CPU"] for bundle in bundles)
-    per_pod = min(len(bundles), max(1, settings.gpus_per_pod // gpus) if gpus else settings.workers_per_pod)
+    per_pod = bundles_per_pod(bundles, settings)
     replicas = math.ceil(len(bundles) / per_pod)
     memory = settings.memory_per_gpu_gi * gpus * per_pod if gpus else settings.memory_gi
     resources = {"cpu": str(math.ceil(cpus * per_pod)), "memory": f"{memory}Gi"}
@@ -174,11 +197,14 @@ def worker_group(
         template["spec"] |= {
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
         }
+    most = replicas
+    if roles == ("engine",) and job.run.engine.autoscale:
+        most = math.ceil(job.run.engine.autoscale.max / per_pod)
     return {
         "groupName": "-".join(roles),
         "replicas": replicas,
-        "minReplicas": replicas,
-        "maxReplicas": replicas,
+        "minReplicas": replicas,  # the seats of the first engines stay reserved
+        "maxReplicas": most,
         "labels": {f"quartet.role.{role}": "true" for role in roles},
         "rayStartParams": {},
         "template": template,

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from launch.submit.job import NOT_FOUND, Job, Report, Target, attempts
+from launch import scale as scaling
+from launch.submit.job import NOT_FOUND, Job, Report, Scales, State, Target, attempts
 from launch.submit.startup import Startup
 from orchestrator import plugins
 from orchestrator.config import Run
@@ -128,6 +129,18 @@ def stop(target: Target, run: Run, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def scale(target: Target, run: Run, arguments: argparse.Namespace) -> int:
+    """``arguments.changes``: ["engine=4"]. Where no device comes with an engine, the run_dir is enough."""
+    if not isinstance(target, Scales):
+        return scaling.main(run.run_dir, arguments.changes)
+    engines = scaling.count(arguments.changes)
+    report = chosen(attempts(target.reports(run), run.name), arguments.attempt)
+    if report.state is not State.RUNNING:
+        raise ValueError(f"{report.id} is {report.state}; only a run at work changes its engines")
+    write(f"{target.scale(run, report.id, engines)}\n")
+    return 0
+
+
 def watch(target: Target, run: Run, id: str) -> int:
     """Follows one attempt to its end. A log that ends early is asked for again while the job is not over."""
     startup, shown = Startup(deadline_s=target.settings.start_deadline_s), 0
@@ -180,4 +193,5 @@ VERBS: dict[str, Callable[[Target, Run, argparse.Namespace], int]] = {
     "logs": logs,
     "stop": stop,
     "resume": resume,
+    "scale": scale,
 }

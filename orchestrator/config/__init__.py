@@ -5,6 +5,7 @@ of a second. Load order is in ``configfile.py``: defaults, then one YAML file, t
 """
 
 from orchestrator.config.adapter import Adapter
+from orchestrator.config.autoscale import Autoscale
 from orchestrator.config.data import ChatData, PromptData, Task
 from orchestrator.config.evaluate import Evaluate
 from orchestrator.config.model import Model, Optimizer
@@ -29,6 +30,7 @@ __all__ = [
     "MODEL",
     "RL",
     "Adapter",
+    "Autoscale",
     "ChatData",
     "CriticRole",
     "Deadlines",

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from orchestrator.config.adapter import Adapter
+from orchestrator.config.autoscale import Autoscale
 from orchestrator.config.model import Optimizer
 from orchestrator.settings import Fraction, RoleName, Settings
 
@@ -108,6 +109,8 @@ class EngineConfig(Settings):
 
     replicas: PositiveInt = 1
     """Engines; prompts go to the one with the least work."""
+    autoscale: Autoscale | None = None
+    """Moves their number while the run works, from `replicas` on: {max: 8, target_wait: 0.1}."""
     tensor_parallel: PositiveInt = 1
     """Workers per engine, which share each layer."""
     gpus: NonNegativeInt = 0

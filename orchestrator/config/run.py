@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from orchestrator.config.autoscale import check_autoscale
 from orchestrator.config.backbone import check_backbone
 from orchestrator.config.data import Task
 from orchestrator.config.evaluate import Evaluate
@@ -88,6 +89,8 @@ class Run(Settings):
         if not self.model.path and self.task is None:
             raise ValueError("model.path is empty: give a Hub id or a local folder")
         _check_engine(self.engine)
+        if self.engine.autoscale is not None:
+            check_autoscale(self.engine.autoscale, replicas=self.engine.replicas, share=self.placement.share)
         _check_share(self.placement, self.roles, self.engine)
         if self.rl is not None:
             _check_rl(self, self.rl)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from launch.graceful import CHECKPOINTED
-from launch.submit import capacity, features, kube_rules
+from launch.submit import capacity, features, kube_rules, kube_scale
 from launch.submit.job import Job, Report, State
 from launch.submit.kube_settings import CONFIG
 from launch.submit.manifests import meta
@@ -94,13 +94,47 @@ class Target:
             f"rayjob {id}`",
         )
 
+    def scale(self, run: Run, id: str, engines: int) -> str:
+        """What was done; in which order, and why, says kube_scale.py."""
+        name, head = self._cluster(id), self._head(id)
+        if not (name and head):
+            raise ValueError(f"{id} has no head yet; scale it when it runs")
+        cluster = json.loads(self._kubectl("get", "rayclusters.ray.io", name, "-o", "json").stdout)
+        index, group = kube_scale.group_of_engines(cluster)
+        folder, wanted = str(run.run_dir), kube_scale.pods_wanted(run, self.settings, engines)
+        asking = (self.settings.python, "-m", "launch.cli", "scale", folder, f"engine={engines}")
+        self._kubectl("exec", head, "--", *asking)
+        if cluster["spec"].get("enableInTreeAutoscaling"):
+            return f"{id} was asked for {engines} engine(s); Ray's autoscaler gives them pods"
+        free: list[str] = []
+        if wanted < group["replicas"]:
+            roster = lambda: self._kubectl("exec", head, "--", "cat", f"{folder}/roster.json").stdout  # noqa: E731
+            wait_until(
+                lambda: kube_scale.engines_in(roster()) <= engines,
+                self.settings.stop_grace_s,
+                f"after stop_grace_s={self.settings.stop_grace_s} s more than {engines} engine(s) are still "
+                "there; their pods stay. The same command once more gives them back",
+            )
+            free = kube_scale.idle_pods(roster(), self._pods(name, "group=engine"))
+            free = free[: group["replicas"] - wanted]
+            wanted = group["replicas"] - len(free)
+        if wanted != group["replicas"]:
+            patch = kube_scale.resized(index, wanted, without=free)
+            self._kubectl("patch", "rayclusters.ray.io", name, "--type=json", "-p", patch)
+        return f"{id} was asked for {engines} engine(s); their worker group has {wanted} pod(s)"
+
+    def _cluster(self, id: str) -> str:
+        """Empty until the operator has made it."""
+        return self._kubectl("get", "rayjobs.ray.io", id, "-o", "jsonpath={.status.rayClusterName}").stdout
+
     def _head(self, id: str) -> str | None:
-        answer = self._kubectl("get", "rayjobs.ray.io", id, "-o", "jsonpath={.status.rayClusterName}")
-        if not answer.stdout:
-            return None
-        selector = f"ray.io/cluster={answer.stdout},ray.io/node-type=head"
+        cluster = self._cluster(id)
+        return next(iter(self._pods(cluster, "node-type=head")), None) if cluster else None
+
+    def _pods(self, cluster: str, label: str) -> list[str]:
+        selector = f"ray.io/cluster={cluster},ray.io/{label}"
         found = self._kubectl("get", "pods", "-l", selector, "-o", "jsonpath={.items[*].metadata.name}")
-        return found.stdout.split()[0] if found.stdout.split() else None
+        return found.stdout.split()
 
     def _exists(self, kind: str, name: str) -> bool:
         return not self._kubectl("get", kind, name, check=False).returncode

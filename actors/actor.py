@@ -64,33 +64,25 @@ class Actor(Learner):
         return PolicyModel.load(self.model)
 
     def output(self, part: Any) -> PolicyOutput:
-        packed = part.positions if isinstance(part, Examples) else None
-        logprobs, entropy, distribution = self.backend.forward(
-            part.tokens,
-            part.attention_mask,
-            part.action_mask,
-            self.temperature,
-            self.entropy,
-            self.distribution,
-            packed,
-        )
+        logprobs, entropy, distribution = self._forward(part, self.entropy, self.distribution)
         return PolicyOutput(logprobs=logprobs, entropy=entropy, distribution=distribution)
 
     def figures(self, part: Any) -> Tensor:
         """[b, T] log-probs."""
-        packed = part.positions if isinstance(part, Examples) else None
-        return self.backend.forward(
-            part.tokens, part.attention_mask, part.action_mask, self.temperature, False, False, packed
-        )[0]
+        return self._forward(part, False, False)[0]
+
+    def _forward(self, part: Any, entropy: bool, distribution: bool) -> Any:
+        given = (part.tokens, part.attention_mask, part.action_mask, self.temperature, entropy, distribution)
+        if isinstance(part, Examples):  # may be packed, or begin alike
+            given += (part.positions, part.groups)
+        return self.backend.forward(*given)
 
     def distributions(self, batch: Batch, micro_batches: MicroBatches) -> Tensor:
         """[n, T, V] float32 log-probs of the whole vocabulary, 0.0 off the action mask."""
         return self.each(batch, micro_batches, self._distribution)
 
     def _distribution(self, part: Any) -> Tensor:
-        return self.backend.forward(
-            part.tokens, part.attention_mask, part.action_mask, self.temperature, False, True
-        )[2]
+        return self._forward(part, False, True)[2]
 
     @torch.no_grad()
     def logprobs(self, tokens: Sequence[int]) -> list[float]:

@@ -82,6 +82,8 @@ class Backend:
             dist_init_required=False if deepspeed.comm.is_initialized() else None,
         )
         self.device = self.engine.device
+        # DeepSpeed adds up a single rank's gradients too: through one more buffer of their size.
+        self.engine.enable_backward_allreduce = self.stage > 0 or self.world_size > 1
         self.shards = shards_of(self.stage, self.engine.optimizer)
         if isinstance(self.optimizer, Muon):
             self.optimizer.place(self.shards)
@@ -123,15 +125,18 @@ class Backend:
             self.engine.step()
             return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
         # Stage 0 in float32 is AdamW on the model itself; DeepSpeed would step without a look at the norm.
-        parameters = self.engine.module.parameters()
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
-        if math.isfinite(norm):
-            step = self.num_taken + 1
+        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
+        for parameter in trained:  # what the loss did not reach has a gradient of 0, on any number of ranks
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        total = torch.nn.utils.get_total_norm(p.grad for p in trained)
+        if math.isfinite(norm := float(total)):
+            if norm > self.settings.max_grad_norm:  # clip_grad_norm_ would multiply by 1 all the same
+                torch.nn.utils.clip_grads_with_norm_(trained, self.settings.max_grad_norm, total)
             if self.ranks is not None:
-                self.ranks.weigh(step)
+                self.ranks.weigh(self.num_taken + 1)
             self.engine.step()
             if self.ranks is not None:
-                self.ranks.mask(step)
+                self.ranks.mask(self.num_taken + 1)
         else:
             self.engine.zero_grad()
         return norm, math.isfinite(norm)
@@ -185,13 +190,12 @@ class Backend:
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name in PEFT's files, whole tensor) of what is trained, as ``named_full_parameters`` yields."""
         named = peft_tensors(self.engine.module.model)
-        whole = [(name, (p,), partial(_as_it_is, p)) for name, p in named]
-        yield from self._gathered(whole, Tensor.detach)
+        yield from self._gathered([(n, (p,), lambda value, p=p: value(p)) for n, p in named], Tensor.detach)
 
     def adapter_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and whole shape of what ``adapter_tensors`` yields."""
         named = peft_tensors(self.engine.module.model)
-        return [(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
+        return [(n, tuple(getattr(p, "ds_shape", p.shape))) for n, p in named]
 
     def _plain(self) -> list[Plain]:
         return plain_tensors(self.engine.module.model)
@@ -235,10 +239,6 @@ class Backend:
 
     def close(self) -> None:
         self.engine.destroy()
-
-
-def _as_it_is(parameter: nn.Parameter, value: Value) -> Tensor:
-    return value(parameter)
 
 
 def _stage(wanted: int, dtype: torch.dtype, world_size: int) -> int:

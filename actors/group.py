@@ -151,7 +151,9 @@ class ScorerGroup(WorkerGroup):
 
     async def _gather(self, records: Batch | Examples, verbs: Sequence[ActorMethod]) -> Tensor:
         """Every worker answers for its share of the rows; the answers come back in the order of the rows."""
-        shares = self._plan(records.attention_mask.sum(1).tolist())
+        groups = records.groups if isinstance(records, Examples) else None  # what begins alike stays together
+        units = [] if groups is None else groups.tolist()
+        shares = self._plan(records.attention_mask.sum(1).tolist(), units=units)
         ref = self._store.put(records)
         calls = zip(self.workers, verbs, shares, strict=True)
         answers = torch.cat(await all_ranks(self._ask(w, verb, ref, share) for w, verb, share in calls))

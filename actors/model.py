@@ -30,6 +30,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from actors.heads import ScalarHead, TokenHead
 from actors.padding import in_rows, one_row, prove_one_row, rows, takes_lengths
+from actors.shared_prefix import fold
 from actors.virtual_tokens import VirtualTokens
 from orchestrator.config import Model
 
@@ -50,9 +51,18 @@ class LanguageModel(nn.Module):
                 layer.training = True  # they look at their own mode, and a loaded model is in eval mode
 
     def hidden_states(
-        self, tokens: Tensor, attention_mask: Tensor, positions: Tensor | None = None
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> Tensor:
-        """[B, T] -> [B, T, d]. ``positions`` that restart within a row are packed documents."""
+        """[B, T] -> [B, T, d]. ``positions`` that restart within a row are packed documents. What rows of
+        equal ``groups`` [B] begin with alike is computed once where that is cheaper (shared_prefix.py)."""
+        if groups is not None and positions is None and self.virtual is None:
+            folded = fold(self.model, tokens, attention_mask, groups)
+            if folded is not None:
+                return folded.unfold(self._run(folded.given()))
         kept = attention_mask.bool()
         if takes_lengths(self.model) and self.virtual is None and not (positions is None and kept.all()):
             if not self._proved:
@@ -94,6 +104,7 @@ class PolicyModel(LanguageModel):
         entropy: bool = False,
         distribution: bool = False,
         positions: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """log p(tokens[b, t] | tokens[b, :t]) and the entropy there, [B, T] float32, 0.0 off ``mask``; and
         the log-probs of the whole vocabulary, [B, T, V] float32: 4 B T V bytes, not split into blocks.
@@ -101,7 +112,7 @@ class PolicyModel(LanguageModel):
         The vocabulary is computed for the positions of the mask only. The first token has nothing before it:
         0.0. Plain tensors, not a record: DeepSpeed looks for tensors in tuples to hang its hooks on.
         """
-        states = self.hidden_states(tokens, attention_mask, positions)
+        states = self.hidden_states(tokens, attention_mask, positions, groups)
         return self.answer(states, tokens, mask, temperature, entropy, distribution)
 
     def answer(
@@ -138,7 +149,8 @@ class PolicyModel(LanguageModel):
             source.path, config=_config(source), output_loading_info=True, **options
         )
         _refuse_missing(source, report["missing_keys"])
-        probe = torch.arange(1, 6)[None] % model.config.get_text_config().vocab_size
+        # A model in 4 bits comes on its GPU, others on the CPU.
+        probe = torch.arange(1, 6, device=model.device)[None] % model.config.get_text_config().vocab_size
         with torch.no_grad():
             expected = F.log_softmax(model(input_ids=probe, use_cache=False).logits.float(), dim=-1)
         model.set_output_embeddings(TokenHead(model.get_output_embeddings(), model.config.get_text_config()))
@@ -166,9 +178,10 @@ class ValueModel(LanguageModel):
 class ScoreModel(LanguageModel):
     """A backbone with one scalar per sequence: the reward model."""
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, attention_mask: Tensor, groups: Tensor | None = None) -> Tensor:
         """Score at the last attended token, [B] float32, wherever the padding is (BUGS A5)."""
-        return self.model.score(last_states(self.hidden_states(tokens, attention_mask), attention_mask))
+        states = self.hidden_states(tokens, attention_mask, groups=groups)
+        return self.model.score(last_states(states, attention_mask))
 
     @classmethod
     def load(cls, source: Model, *, head_seed: int | None = None) -> "ScoreModel":

@@ -108,7 +108,7 @@ class RewardLearner(Learner):
 
     def output(self, part: Any) -> Tensor:
         """[b] scores."""
-        return self.backend.forward(part.tokens, part.attention_mask)
+        return self.backend.forward(part.tokens, part.attention_mask, part.groups)
 
     figures = output
 

@@ -226,8 +226,8 @@ TRAINING = (
     Mutant(
         name="a gradient that is not finite is stepped",
         file="actors/backend.py",
-        old="        if math.isfinite(norm):\n            step = self.num_taken + 1",
-        new="        if True:\n            step = self.num_taken + 1",
+        old="        if math.isfinite(norm := float(total)):",
+        new="        if (norm := float(total)) is not None:",
         tests=(f"{BACKEND}::test_a_gradient_that_is_not_finite_skips_one_step[float32]",),
         slow=True,
     ),
@@ -242,8 +242,8 @@ TRAINING = (
     Mutant(
         name="gradients are not clipped",
         file="actors/backend.py",
-        old="clip_grad_norm_(parameters, self.settings.max_grad_norm)",
-        new="clip_grad_norm_(parameters, 1e9)",
+        old="if norm > self.settings.max_grad_norm:",
+        new="if norm > 1e9:",
         tests=(f"{BACKEND}::test_gradients_are_scaled_down_to_the_largest_norm",),
         slow=True,
     ),

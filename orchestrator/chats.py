@@ -57,7 +57,8 @@ class Encoder:
         """The text as the model meets it, and its tokens with at most one BOS."""
         text = value
         if self.use_template and isinstance(value, str):
-            text = self._render(dialogue(value) or [{"role": "user", "content": value}])
+            turns = dialogue(value) or [{"role": "user", "content": value}]
+            text = self._render(to_messages(turns, "the prompt"))
         elif not isinstance(value, str):
             text = self._render(value)
         tokens = self._encode(text)

@@ -83,7 +83,10 @@ def sieve(
             complaints.add(number, str(error))
     complaints.raise_all()
     if not kept:
-        raise ValueError(f"{complaints.where}: all {len(rows)} rows are too long; raise model.max_length")
+        raise ValueError(
+            f"{complaints.where}: no row is left of {len(rows)}, {len(dropped)} are too long and "
+            f"{len(complaints.lines)} are bad; raise model.max_length, or correct the rows"
+        )
     if dropped:
         text = "%s: dropped %d of %d rows that are too long, the first of them %s (numbered from 0)"
         log.warning(text, complaints.where, len(dropped), len(rows), dropped[:10])

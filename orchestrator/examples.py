@@ -120,6 +120,8 @@ def _read_ranking(encoder: Encoder, row: dict[str, Any], data: ChatData, max_len
     targets = tuple(-_number(rank, str(data.ranks_key)) for rank in ranks)
     if len(set(targets)) == 1:
         raise BadRowError(f"{data.ranks_key} ranks all responses equal, so none is preferred; remove the row")
+    if len(set(zip(texts, targets, strict=True))) > len(set(texts)):
+        raise BadRowError(f"{data.responses_key} has equal responses of different ranks; leave one of them")
     return [Unit(rows=tuple(_example(encoder, prompt, t, max_length) for t in texts), targets=targets)]
 
 
@@ -131,8 +133,8 @@ def _read_rating(encoder: Encoder, row: dict[str, Any], data: ChatData, max_leng
 
 def _read_label(encoder: Encoder, row: dict[str, Any], data: ChatData, max_length: int) -> list[Unit]:
     label = row.get(data.label_key)
-    if label in ("true", "True", "false", "False"):  # as CSV has it
-        label = str(label).lower() == "true"
+    if label in ("true", "True", "1", "false", "False", "0"):  # as CSV has it
+        label = str(label).lower() in ("true", "1")
     if label not in (0, 1):
         raise BadRowError(f"{data.label_key} is {label!r}; expected true or false, 1 or 0")
     if data.messages_key:

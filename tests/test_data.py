@@ -234,8 +234,9 @@ class TestBadRows:
         assert ([p.row for p in found.prompts], found.num_dropped) == (([0, 1], 0) if fits else ([0], 1))
 
     def test_dropping_every_row_is_an_error(self, tmp_path):
-        with pytest.raises(ValueError, match="all 1 rows are too long"):
-            prompts(jsonl(tmp_path, {"prompt": "abc"}), room=2, too_long="drop")
+        path = jsonl(tmp_path, {"prompt": "abc"}, {"prompt": ""})
+        with pytest.raises(ValueError, match="no row is left of 2, 1 are too long and 1 are bad"):
+            prompts(path, room=2, too_long="drop", max_bad_rows=1)
 
     def test_eos_counts_towards_the_length_of_a_row(self, tmp_path):
         path = jsonl(tmp_path, {"prompt": "ab", "response": "c", "rejected": "cd"})

@@ -25,6 +25,10 @@ CHAT = [
     {"role": "assistant", "content": "YZ"},
 ]
 
+TWICE = "\n\nHuman: U\n\nHuman: V\n\nAssistant:"
+SILENT = "\n\nHuman: U\n\nAssistant:\n\nHuman: V\n\nAssistant:"
+PAIR = {"response": "a", "rejected": "b"}
+
 
 def read(path, layout, *, tokenizer=None, max_length=100, **settings):
     data = ChatData(path=path, **settings)
@@ -89,6 +93,8 @@ def test_rankings_ratings_labels_and_margins_carry_their_numbers(tmp_path):
     assert (first.targets, second.targets) == ((1.0,), (0.0,))
     assert first.mismatched == ((*ids("pbc"), EOS), (False, True, True, True))
     assert second.mismatched == ((*ids("qa"), EOS), (False, True, True))
+    (tmp_path / "l.csv").write_text("prompt,response,label\np,a,1\nq,b,0\nr,c,False\n")
+    assert [unit.targets for unit in read(str(tmp_path / "l.csv"), "labels")] == [(1.0,), (0.0,), (0.0,)]
 
 
 def test_a_mismatched_response_is_of_another_prompt(tmp_path):
@@ -110,7 +116,10 @@ def test_a_mismatched_response_is_of_another_prompt(tmp_path):
         ("examples", {"messages_key": "m"}, {"m": [CHAT[0], CHAT[2]]}, "has the roles user user"),
         ("examples", {"messages_key": "m"}, {"m": [CHAT[0]]}, "has no assistant turn"),
         ("pairs", {}, {"prompt": "p", "response": "a", "rejected": "a"}, "response and rejected are equal"),
+        ("examples", {"chat_template": True}, {"prompt": TWICE, "response": "a"}, "roles user user;"),
+        ("pairs", {"chat_template": True}, {**PAIR, "prompt": SILENT}, "1. is empty"),
         ("rankings", {}, {"prompt": "p", "responses": ["a"]}, "no list of 2 or more"),
+        ("rankings", {}, {"prompt": "p", "responses": ["a", "b", "a"]}, "equal responses of different ranks"),
         ("ratings", {}, {"prompt": "p", "response": "a", "rating": "good"}, "rating is 'good'; expected"),
         ("labels", {}, {"prompt": "p", "response": "a", "label": "maybe"}, "label is 'maybe'; expected true"),
     ],

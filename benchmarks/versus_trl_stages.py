@@ -11,7 +11,9 @@ that others use too, tokens per CPU second say more (``--threads 1``). The rows 
 Alpaca rows of at most ``MAX_LENGTH`` tokens; of dpo_en_demo the texts are cut after some words. Both sides
 get the same texts, chat template applied, and count the same tokens, padding left out. The first step of a
 run does not count. TRL runs with each of its own remedies for padding (``benchmarks/trl_stage.py``); the
-ratio is that of the best modes on either side, by medians.
+ratio is that of the best modes on either side, by medians. A mode named ``allocator_...`` is TRL in a process
+with the settings of glibc's allocator that Quartet gives its workers (``launch/environment.py``): it is no
+setting of TRL's and not in the ratio, and says what is left of it without them.
 """
 
 import argparse
@@ -32,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.stages import cut  # noqa: E402
+from launch.environment import MODEL_ENV  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "versus_trl_stages_cpu.json"
 MAX_LENGTH, SEED, LEARNING_RATE = 256, 0, 1e-5
@@ -39,6 +42,7 @@ BATCH = {"sft": 16, "dpo": 8}
 STEPS = {"sft": 5, "dpo": 4}
 WARM_UP = 1
 PROMPT_WORDS, RESPONSE_WORDS = 30, 50  # of dpo_en_demo
+ALLOCATOR = "allocator"  # Quartet's settings of glibc's around TRL's process
 
 MODES = {
     "sft": {
@@ -47,6 +51,8 @@ MODES = {
         "trl": ("--micro", "16"),
         "trl_small_micro": ("--micro", "4"),
         "trl_grouped": ("--micro", "4", "--group-by-length"),
+        "trl_grouped_8": ("--micro", "8", "--group-by-length"),
+        "allocator_trl_grouped": ("--micro", "4", "--group-by-length", ALLOCATOR),
         "trl_packed": ("--micro", "1", "--packing"),
     },
     "dpo": {
@@ -55,6 +61,8 @@ MODES = {
         "trl": ("--micro", "8"),
         "trl_small_micro": ("--micro", "2"),
         "trl_precomputed": ("--micro", "2", "--precompute"),
+        "trl_precomputed_4": ("--micro", "4", "--precompute"),
+        "allocator_trl_precomputed": ("--micro", "2", "--precompute", ALLOCATOR),
     },
 }
 
@@ -174,11 +182,13 @@ def trl(arguments, folder, rows, settings):
         "--model", str(Path(arguments.model).absolute()), "--rows", str(rows),
         "--batch", str(BATCH[arguments.stage]), "--steps", str(STEPS[arguments.stage]),
         "--max-length", str(MAX_LENGTH), "--learning-rate", str(LEARNING_RATE),
-        "--threads", str(arguments.threads), "--out", str(folder / "trl"), *settings,
+        "--threads", str(arguments.threads), "--out", str(folder / "trl"),
+        *(word for word in settings if word != ALLOCATOR),
     ]  # fmt: skip
     if "--packing" in settings:
         command[command.index("--batch") + 1] = "6"
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    environment = {**os.environ, **(MODEL_ENV if ALLOCATOR in settings else {})}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
     found = json.loads(done.stdout.strip().splitlines()[-1])

@@ -42,12 +42,12 @@ class Encoder:
     use_template: bool  # wrap texts too; message lists always are
 
     @classmethod
-    def of(cls, tokenizer: Any, *, use_template: bool, field: str) -> "Encoder":
+    def of(cls, tokenizer: Any, *, use_template: bool, field: str, path: str) -> "Encoder":
         """Raises ValueError when the template is asked for and there is none."""
         if use_template and not tokenizer.chat_template:
             raise ValueError(
-                f"{field}.chat_template=True, but the tokenizer {tokenizer.name_or_path!r} has no chat "
-                "template; set it to false, or use an instruct model"
+                f"{field}.path={path!r} with {field}.chat_template=True, but the tokenizer "
+                f"{tokenizer.name_or_path!r} has no chat template; set it to false, or use an instruct model"
             )
         bos = tokenizer.bos_token_id
         adds = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

@@ -45,7 +45,7 @@ def read_prompts(data: PromptData, tokenizer: Any, *, room: int, field: str) -> 
     require_columns(rows, {"prompt_key": data.prompt_key, "label_key": data.label_key or ""}, field)
     if not data.prompt_key:
         raise ValueError(f"{field}.prompt_key is empty; name the column with the prompt")
-    encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field)
+    encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field, path=data.path)
 
     def read(row: dict[str, Any], number: int) -> Prompt:
         text, tokens = encoder.prompt(prompt_value(row.get(data.prompt_key), data.prompt_key))

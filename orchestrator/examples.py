@@ -41,7 +41,7 @@ def read_units(data: ChatData, tokenizer: Any, *, layout: Layout, max_length: in
     rows = read_rows(data.path, split=data.split, max_rows=data.max_rows, field=field)
     columns, reader = _readers(data, layout)
     require_columns(rows, {key: getattr(data, key) or "" for key in columns}, field)
-    encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field)
+    encoder = Encoder.of(tokenizer, use_template=data.chat_template, field=field, path=data.path)
 
     def read(row: dict[str, Any], number: int) -> list[Unit]:
         return reader(encoder, row, data, max_length)

@@ -264,7 +264,7 @@ class TestBadRows:
 
     def test_a_template_that_is_missing_or_refuses_says_so(self, tmp_path):
         path = jsonl(tmp_path, {"prompt": "hi"})
-        with pytest.raises(ValueError, match=r"rl\.prompts\.chat_template=True"):
+        with pytest.raises(ValueError, match=r"rl\.prompts\.path=.*rows.jsonl' with .*chat_template=True"):
             prompts(path, tokenizer=char_tokenizer(template=None), chat_template=True)
         with pytest.raises(ValueError, match=r"row 0: the chat template refuses the messages \(no system"):
             prompts(

@@ -41,6 +41,7 @@ MAX_LENGTH, SEED, LEARNING_RATE = 256, 0, 1e-5
 BATCH = {"sft": 16, "dpo": 8}
 STEPS = {"sft": 5, "dpo": 4}
 WARM_UP = 1
+MICRO_TOKENS = 768  # Quartet's; TRL counts rows
 PROMPT_WORDS, RESPONSE_WORDS = 30, 50  # of dpo_en_demo
 ALLOCATOR = "allocator"  # Quartet's settings of glibc's around TRL's process
 
@@ -134,7 +135,7 @@ def quartet(arguments, folder, rows, settings):
         f"{stage}.batch_size={BATCH[arguments.stage]}", f"{stage}.optimizer.learning_rate={LEARNING_RATE}",
         *(f"roles.{role}.threads={arguments.threads}" for role in ("actor", "reference")),
         *(f"roles.{role}.cpus_per_worker=0.5" for role in ("actor", "reference")),
-        "roles.actor.micro_batch_tokens=1024", *settings,
+        *(f"roles.{role}.micro_batch_tokens={MICRO_TOKENS}" for role in ("actor", "reference")), *settings,
     ]  # fmt: skip
     if any("packing" in setting for setting in settings):  # counted in sequences of MAX_LENGTH
         command += ["sft.batch_size=6"]

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "stages_cpu"
 SEED = 0
 PROMPT_WORDS, RESPONSE_WORDS = 16, 24  # of the preference files
-ALPACA_WORDS, DIALOGUE_WORDS = 60, 40  # of whole rows
+ALPACA_WORDS, DIALOGUE_WORDS = 60, 48  # of whole rows
 Row = dict[str, Any]
 
 

@@ -31,6 +31,7 @@ class Scorer:
 
     async def call(self, verb, records, micro_batches):
         assert verb is self.handle.score
+        self.seen = micro_batches
         return -records.tokens[[row for rows in micro_batches for row in rows]].float()
 
 
@@ -53,6 +54,18 @@ def test_scores_come_back_in_the_order_of_the_rows(num_ranks):
     records = Examples(tokens=tokens, attention_mask=attended, action_mask=attended)
     group = ScorerGroup([Scorer() for _ in range(num_ranks)], store=HandOver(), token_budget=12)
     assert torch.equal(asyncio.run(group.score(records)), -tokens.float())
+
+
+def test_rows_that_are_compared_are_scored_together():
+    """Sorted by length alone, rows 0 and 3 would share a micro-batch."""
+    attended = torch.arange(6) < torch.tensor([6, 2, 2, 5])[:, None]
+    tokens = torch.arange(24).view(4, 6)
+    records = Examples(
+        tokens=tokens, attention_mask=attended, action_mask=attended, groups=torch.tensor([0, 0, 1, 1])
+    )
+    group = ScorerGroup([Scorer()], store=HandOver(), token_budget=12)
+    assert torch.equal(asyncio.run(group.score(records)), -tokens.float())
+    assert group.workers[0].seen == [[0, 1], [2, 3]]
 
 
 def test_too_few_rewards_are_refused_with_the_sample_that_has_none():

@@ -27,8 +27,7 @@ def test_calibration_and_score_are_of_different_layouts():
 
 
 def test_every_scored_layout_was_measured(judged):
-    """Five so far; eight and SmolLM2 among them are wanted (benchmarks/plan_score.py measure)."""
-    assert len(judged) >= 5
+    assert len(judged) >= 8
     assert {one.name for one in judged} <= set(json.loads(MEASURED.read_text()))
 
 
@@ -40,9 +39,8 @@ def test_peaks_of_memory_are_foretold(judged):
     assert statistics.median(one.memory_error for one in judged) <= 0.10
 
 
-def test_the_layout_foretold_best_is_no_further_behind_than_it_was(judged):
-    """A twentieth is wanted. The measurements beside other jobs disagree by more among themselves."""
-    assert best_behind([one for one in judged if not is_smollm2(one.name)]) <= 0.26
+def test_the_layout_foretold_best_is_the_best_or_close_to_it(judged):
+    assert best_behind([one for one in judged if not is_smollm2(one.name)]) <= 0.05
 
 
 def score(name: str, step_s: float, predicted_s: float) -> Score:

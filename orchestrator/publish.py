@@ -60,6 +60,7 @@ def _seen(proof: "asyncio.Task[dict[str, float]]") -> None:
 
 async def prove(engine: Engine, mine: Sequence[float], probe: Probe, *, num_bytes: int) -> dict[str, float]:
     """The same tokens through every engine; ``mine`` are the actor's log-probs of them."""
+    await asyncio.sleep(0)  # prompts that waited for this sync go first
     theirs = await engine.logprobs(probe.tokens)
     diffs = [check_probe(mine, engine, probe, index) for index, engine in enumerate(theirs)]
     return {"sync_mb": num_bytes / 2**20, "probe_diff": max(diffs, default=0.0)}

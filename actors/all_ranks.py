@@ -29,3 +29,9 @@ async def all_ranks(calls: Iterable[Awaitable[T]]) -> list[T]:
 
 def _says_little(error: BaseException) -> tuple[bool, bool]:
     return not isinstance(error, WorkerLost), isinstance(error, CollectiveBroken)
+
+
+async def outcome(answer: Awaitable[T]) -> T | BaseException:
+    """What it gives or raises: who asks several at once waits for all of them."""
+    (result,) = await asyncio.gather(answer, return_exceptions=True)
+    return result

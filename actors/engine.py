@@ -261,6 +261,8 @@ class EngineWorker(VitalSigns):
     async def reside(self, level: Residency) -> None:
         """vLLM's sleep mode: weights into the host's memory, the KV cache away; no request is under way. Its
         CPU platform has none, and only pauses the scheduler."""
+        if level is self._level:
+            return  # a move of all that failed for somebody else is made again
         if level < self._level:
             await self._llm.sleep(level=1)
         if level is Residency.WEIGHTS:

@@ -15,14 +15,16 @@ many of them die.
     _replace()         a task per lost engine: restarts it and, while the policy still has the weights that
                        the others serve, brings them; otherwise the next ``prepare_weights`` does
 
-One sync runs at a time (``_syncing``).
+One sync runs at a time (``_syncing``). On shared devices all of it takes turns (``_turn``), and nobody waits
+for an engine inside one: its successor needs the devices too.
 """
 
 import asyncio
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from enum import Enum
-from typing import Protocol, TypeVar
+from typing import Protocol
 
+from actors.all_ranks import outcome
 from actors.budget import Budget
 from actors.errors import MovedOn, NotServing, RoleError, WorkerLost
 from actors.weights.wire import Address
@@ -31,8 +33,8 @@ from orchestrator.incidents import Incident, Report, RestartsSpent
 from orchestrator.ledger import sample_seed
 from orchestrator.publish import check_receipt
 from orchestrator.roles import Policy, Residency, Sampling, WeightReceipt
+from orchestrator.turns import TakeTurn, Turn, at_any_time
 
-A = TypeVar("A")
 SYNC_ATTEMPTS = 3  # that may fail although nobody was lost
 
 
@@ -78,12 +80,13 @@ class EngineFleet:
         workers: int = 1,
         restarts: int = 0,
         report: Report = lambda incident: None,
+        turn: TakeTurn = at_any_time,
     ) -> None:
-        """``workers`` of vLLM in each engine; ``restarts`` of each within an hour."""
+        """``workers`` of vLLM in each engine; ``restarts`` of each within an hour; ``turn`` on devices."""
         if not engines:
             raise ValueError("a fleet needs an engine; set engine.replicas to 1 or more")
         self._members = [Member(engine, restarts) for engine in engines]
-        self._run_seed, self._workers, self._report = run_seed, workers, report
+        self._run_seed, self._workers, self._report, self._turn = run_seed, workers, report, turn
         self._changed = asyncio.Condition()  # a member's state
         self._syncing = asyncio.Lock()
         self._joined: list[Member] = []  # members of the open channel, in the order of their ranks
@@ -99,26 +102,29 @@ class EngineFleet:
         when no engine is left."""
         seeds = [sample_seed(self._run_seed, f"{prompt.uid}/{k}") for k in range(num_samples)]
         while True:
-            member = await self._freest()
-            member.asked += num_samples
-            try:
-                return await member.engine.generate(prompt, num_samples, sampling, seeds)
-            except WorkerLost as lost:
-                self._lose(member, lost)
-            except NotServing:
-                await asyncio.sleep(0)  # it left between the choice and the question
-            finally:
-                member.asked -= num_samples
+            await self._someone_serves()
+            async with self._turn(Turn.SAMPLE):
+                if not (serving := self._in(State.SERVING)):
+                    continue  # lost when the turn came
+                member = min(serving, key=lambda member: member.asked)
+                member.asked += num_samples
+                try:
+                    return await member.engine.generate(prompt, num_samples, sampling, seeds)
+                except WorkerLost as lost:
+                    self._lose(member, lost)
+                except NotServing:
+                    await asyncio.sleep(0)  # it left between the choice and the question
+                finally:
+                    member.asked -= num_samples
             self._report(Incident(kind="replanned", who="engine", detail=prompt.uid, count=num_samples))
 
-    async def _freest(self) -> Member:
+    async def _someone_serves(self) -> None:
         async with self._changed:
-            while not (serving := self._in(State.SERVING)):
+            while not self._in(State.SERVING):
                 if self._sender_lost is not None:
                     raise self._sender_lost  # nobody can bring an engine back: the driver must know
                 self._require_one()
                 await self._changed.wait()
-        return min(serving, key=lambda member: member.asked)
 
     def _in(self, *states: State) -> list[Member]:
         return [member for member in self._members if member.state in states]
@@ -143,23 +149,26 @@ class EngineFleet:
         them yet. Empty when all engines are retired: ``generate`` says so."""
         async with self._syncing:
             self._policy, self._sender_lost = policy, None
-            while members := await self._reachable():
-                if pairs := await self._transfer(policy, members, version):
-                    return pairs
+            while await self._reachable():
+                async with self._turn(Turn.SYNC):
+                    members = self._in(State.SERVING, State.WAITING)
+                    if pairs := await self._transfer(policy, members, version):
+                        return pairs
             return []
 
-    async def _reachable(self) -> list[Member]:
-        """Waits until one engine lives; empty when none ever will."""
+    async def _reachable(self) -> bool:
+        """Waits until one engine lives; False when none ever will."""
+        living = (State.SERVING, State.WAITING)
         async with self._changed:
-            while not (members := self._in(State.SERVING, State.WAITING)) and self._in(State.AWAY):
-                await self._changed.wait()
-            return members
+            await self._changed.wait_for(lambda: self._in(*living) or not self._in(State.AWAY))
+        return bool(self._in(*living))
 
     async def commit_weights(self, version: int) -> None:
         """Who has received the version serves it."""
         async with self._syncing:
             self._version = version
-            await self._commit(version)
+            async with self._turn(Turn.SYNC):
+                await self._commit(version)
         for member in self._in(State.WAITING):  # restarted while this sync was under way
             self._start(self._catch_up(member))
 
@@ -181,8 +190,8 @@ class EngineFleet:
             if self._joined != members and not (members := await self._open(policy, members)):
                 break
             sent, *received = await asyncio.gather(
-                _outcome(policy.send_weights(version)),
-                *(_outcome(member.engine.receive_weights(version)) for member in members),
+                outcome(policy.send_weights(version)),
+                *(outcome(member.engine.receive_weights(version)) for member in members),
             )
             if isinstance(sent, WorkerLost | MovedOn):
                 self._joined = []
@@ -203,12 +212,10 @@ class EngineFleet:
         """Rank 0 is the sender; engine i has the next ranks in turn. Returns who joined: when somebody was
         lost, the channel is too wide and has to be opened again."""
         address = await policy.open_channel(self._workers * len(members))
-        answers = await asyncio.gather(
-            *(
-                _outcome(member.engine.join_weights(address, 1 + i * self._workers))
-                for i, member in enumerate(members)
-            )
+        joins = (
+            outcome(m.engine.join_weights(address, 1 + i * self._workers)) for i, m in enumerate(members)
         )
+        answers = await asyncio.gather(*joins)
         left = self._sort_out(members, answers)
         if errors := [answer for answer in answers if isinstance(answer, RoleError)]:
             if len(left) == len(members):
@@ -248,9 +255,8 @@ class EngineFleet:
     async def _replace(self, member: Member, why: str) -> None:
         while member.budget.take():
             try:
-                await member.engine.restart()
-                if self._level is not Residency.AWAKE:
-                    await member.engine.reside(self._level)
+                async with self._turn(Turn.SAMPLE):
+                    await member.engine.restart()
             except RoleError as error:
                 why = str(error)
                 continue
@@ -269,34 +275,36 @@ class EngineFleet:
                 await self._enter([member], State.SERVING)
                 return
             try:
-                pairs = await self._transfer(self._policy, [member], self._version)
+                await self._bring(self._policy, member, self._version)
             except MovedOn:
-                return  # a sync for all will follow
+                pass  # a sync for all will follow
             except WorkerLost as lost:
                 self._sender_lost = lost
                 await self._enter([], State.WAITING)  # who waits learns of it
-                return
             except RoleError as error:
                 self._lose(member, error)
-                return
-            for sent, received in pairs:
-                check_receipt(sent, received)
-            await self._commit(self._version)
+
+    async def _bring(self, policy: Policy, member: Member, version: int) -> None:
+        async with self._turn(Turn.SYNC):
+            if member.state is State.WAITING:  # it may have been lost when the turn came
+                for sent, received in await self._transfer(policy, [member], version):
+                    check_receipt(sent, received)
+                await self._commit(version)
 
     async def logprobs(self, tokens: Sequence[int]) -> list[list[float]]:
         """Of every engine that serves."""
-        members = self._in(State.SERVING)
-        answers = await asyncio.gather(*(_outcome(member.engine.logprobs(tokens)) for member in members))
+        async with self._turn(Turn.SAMPLE):
+            members = self._in(State.SERVING)
+            answers = await asyncio.gather(*(outcome(member.engine.logprobs(tokens)) for member in members))
         self._sort_out(members, answers)
         return [answer for answer in answers if isinstance(answer, list)]
 
     async def reside(self, level: Residency) -> None:
-        """All engines that live; one that is restarted meanwhile follows them."""
+        """All engines that live; a successor starts when they are awake."""
         self._level = level
         members = self._in(State.SERVING, State.WAITING)
-        self._sort_out(
-            members, await asyncio.gather(*(_outcome(member.engine.reside(level)) for member in members))
-        )
+        answers = await asyncio.gather(*(outcome(member.engine.reside(level)) for member in members))
+        self._sort_out(members, answers)
 
     async def health(self) -> None:
         await asyncio.gather(*(member.engine.health() for member in self._members))
@@ -310,9 +318,3 @@ class EngineFleet:
         )
         if errors := [answer for answer in answers if isinstance(answer, BaseException)]:
             raise errors[0]
-
-
-async def _outcome(answer: Awaitable[A]) -> A | BaseException:
-    """What it gives or raises: who asks several at once waits for all of them."""
-    (outcome,) = await asyncio.gather(answer, return_exceptions=True)
-    return outcome

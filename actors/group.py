@@ -102,8 +102,10 @@ class WorkerGroup:
         await asyncio.gather(*(w.call(w.handle.health) for w in self.workers))
 
     async def reside(self, level: Residency) -> None:
-        """All ranks leave their devices, or come back."""
-        await all_ranks(w.call(w.handle.reside, level) for w in self.workers)
+        """All ranks leave their devices, or come back. One that is lost has left; its group says so when it
+        is asked for more than this, or it has a successor at once."""
+        here = [w for w in self.workers if self.replaceable or not w.lost]
+        await all_ranks(self._ask(w, w.handle.reside, level) for w in here)
 
     async def close(self) -> None:
         """Ends the processes. A worker that is already gone is no error."""

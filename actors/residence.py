@@ -24,6 +24,8 @@ class Residence:
         self._level = Residency.AWAKE
 
     def move(self, level: Residency) -> None:
+        if level is self._level:
+            return  # a move of all that failed for somebody else is made again
         if self._stage == 0:
             self._move_unsharded(level)
         else:

@@ -38,7 +38,7 @@ from launch.trainable import reward_adapter
 from orchestrator.config import MODEL, Adapter, Model, Optimizer, Run, Workers
 from orchestrator.placement import Layout
 from orchestrator.roles import Role, Roles
-from orchestrator.turns import taking_turns
+from orchestrator.turns import Turn, Turns, at_any_time, taking_turns
 
 G = TypeVar("G", bound=WorkerGroup)
 
@@ -58,6 +58,8 @@ class Crew:
         self._started: list[Role] = []
         self.trainers: list[LearnerGroup] = []  # of the rl stage
         self.engine_count: EngineCount | None = None  # None: no engine was started
+        self.turns = Turns() if turn_takers(run) else None  # None: everybody has devices of its own
+        self.turn = self.turns.turn if self.turns else at_any_time
 
     async def group(self, cls: type, group_cls: Callable[..., G], role: str, **settings: Any) -> G:
         """Starts a role's workers and waits until each has its model."""
@@ -149,7 +151,7 @@ class Crew:
         handles = await asyncio.gather(*starts.values())
         started = dict(zip(starts, handles, strict=True))
         self.trainers = [started[name] for name in ("actor", "critic") if name in started]
-        return taking_turns(Roles(**started), turn_takers(self.run))
+        return taking_turns(Roles(**started), turn_takers(self.run), self.turns)
 
     async def _shared(
         self, policy: dict[str, Any], models: dict[str, str], served: ServedAdapter | None
@@ -184,7 +186,8 @@ class Crew:
 
     async def rebuild_trainers(self, *, all_of_them: bool) -> None:
         """The groups that lost a rank, or all; with the weights they started from. RestartsSpent."""
-        await asyncio.gather(*(group.rebuild() for group in self.trainers if all_of_them or group.lost))
+        async with self.turn(Turn.TRAIN):
+            await asyncio.gather(*(group.rebuild() for group in self.trainers if all_of_them or group.lost))
 
     async def engines(self, model: str, *, adapter: ServedAdapter | None = None) -> EngineFleet:
         run = self.run
@@ -195,8 +198,9 @@ class Crew:
             engines,
             run_seed=run.seed,
             workers=run.engine.tensor_parallel,
-            restarts=0 if turn_takers(run) else run.recovery.restarts,  # see docs/recovery.md
+            restarts=run.recovery.restarts,
             report=self.incidents,
+            turn=self.turn,
         )
         self.keep(fleet)
         started = dict(zip(engines, places, strict=True))

@@ -8,11 +8,14 @@ A verb that finds its turn enters at once; one that does not waits until the las
 been answered, and then moves everybody. So the loop knows nothing of it, and a step changes turns three
 times: when the last response is sampled, when the last learner has stepped, when the weights have arrived.
 Roles with devices of their own are not in here.
+
+A fleet of engines takes its turns by itself, one for each question to an engine: who waits for the successor
+of a lost engine must not hold the devices on which it starts (SAMPLE) and gets its weights (SYNC).
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from enum import Enum, auto
 from typing import Any
@@ -25,6 +28,8 @@ class Turn(Enum):
     TRAIN = auto()
     SYNC = auto()
 
+
+TakeTurn = Callable[[Turn], AbstractAsyncContextManager[None]]
 
 ENGINE_VERBS = {"generate": Turn.SAMPLE, "logprobs": Turn.SAMPLE} | dict.fromkeys(
     ("prepare_weights", "commit_weights"), Turn.SYNC
@@ -42,29 +47,38 @@ def residency(role: str, turn: Turn) -> Residency:
     return Residency.AWAKE if (role == "engine") is (turn is Turn.SAMPLE) else Residency.ASLEEP
 
 
-def taking_turns(roles: Roles, names: frozenset[str]) -> Roles:
-    """The same roles; those of ``names`` share the engine's devices with it and take turns."""
+def taking_turns(roles: Roles, names: frozenset[str], turns: "Turns | None" = None) -> Roles:
+    """The same roles; those of ``names`` share the engine's devices with it and take turns. ``turns``: those
+    that the engine takes by itself; None: it knows of none."""
     residents: dict[str, Any] = {name: role for name, role in roles.all() if name in names}
-    turns = Turns(residents)
-    return replace(
-        roles,
-        **{
-            name: InTurn(handle, turns, ENGINE_VERBS if name == "engine" else MODEL_VERBS)
-            for name, handle in residents.items()
-        },
-    )
+    gated = {name: ENGINE_VERBS if name == "engine" else MODEL_VERBS for name in residents}
+    if turns is not None:
+        gated.pop("engine", None)
+    turns = turns or Turns()
+    turns.admit(residents)
+    return replace(roles, **{name: InTurn(residents[name], turns, verbs) for name, verbs in gated.items()})
+
+
+@asynccontextmanager
+async def at_any_time(turn: Turn) -> AsyncIterator[None]:
+    """The turn of who has devices of its own."""
+    yield
 
 
 class Turns:
     """Who has the devices. Nobody's verb runs while they change hands."""
 
-    def __init__(self, residents: Mapping[str, Resident]) -> None:
-        """All of them awake, as they are when they have started."""
-        self._residents = residents
-        self._level = dict.fromkeys(residents, Residency.AWAKE)
+    def __init__(self) -> None:
+        self._residents: Mapping[str, Resident] = {}
+        self._level: dict[str, Residency] = {}
         self._turn: Turn | None = None
         self._running = 0
         self._changed = asyncio.Condition()
+
+    def admit(self, residents: Mapping[str, Resident]) -> None:
+        """All of them awake, as they are when they have started."""
+        self._residents = residents
+        self._level = dict.fromkeys(residents, Residency.AWAKE)
 
     @asynccontextmanager
     async def turn(self, turn: Turn) -> AsyncIterator[None]:

@@ -9,6 +9,7 @@ import torch
 
 from actors.backbone_group import BackboneCritic, BackboneGroup, BackboneReference, BackboneReward
 from actors.elastic_fleet import ElasticFleet
+from actors.errors import WorkerLost
 from actors.fleet import EngineFleet
 from actors.group import ActorGroup, LearnerGroup, RewardGroup, ScorerGroup
 from orchestrator import roles
@@ -45,6 +46,20 @@ class Forgetful:
         return {"a": [1.0] * (len(rollouts) - 1)}
 
 
+class Mover:
+    """Moves where it is told; ``lost``: its process is gone, which ``revive`` changes."""
+
+    handle, incarnation = SimpleNamespace(reside=SimpleNamespace(_method_name="reside")), 0
+
+    def __init__(self, lost):
+        self.lost, self.at = lost, None
+
+    async def call(self, verb, level):
+        if self.lost:
+            raise WorkerLost("died")
+        self.at = level
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_scores_come_back_in_the_order_of_the_rows(num_ranks):
     """Micro-batches hold rows of like length, in another order than the batch."""
@@ -66,6 +81,23 @@ def test_rows_that_are_compared_are_scored_together():
     group = ScorerGroup([Scorer()], store=HandOver(), token_budget=12)
     assert torch.equal(asyncio.run(group.score(records)), -tokens.float())
     assert group.workers[0].seen == [[0, 1], [2, 3]]
+
+
+def test_a_rank_that_is_lost_is_on_no_device_and_does_not_keep_the_others_from_moving():
+    """Of learners; a frozen role has a successor at once, which moves."""
+    ranks = [Mover(lost=False), Mover(lost=True), Mover(lost=False)]
+    group = LearnerGroup(ranks, store=HandOver(), token_budget=9)
+    asyncio.run(group.reside(roles.Residency.ASLEEP))
+    assert [rank.at for rank in ranks] == [roles.Residency.ASLEEP, None, roles.Residency.ASLEEP]
+
+    class Replaced(ScorerGroup):
+        async def _succeed(self, workers, why):
+            for worker in workers:
+                worker.lost, worker.incarnation = False, 1
+
+    scorers = Replaced([Mover(lost=True)], store=HandOver(), token_budget=9)
+    asyncio.run(scorers.reside(roles.Residency.ASLEEP))
+    assert scorers.workers[0].at is roles.Residency.ASLEEP
 
 
 def test_too_few_rewards_are_refused_with_the_sample_that_has_none():

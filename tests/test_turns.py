@@ -4,9 +4,11 @@ import asyncio
 
 import pytest
 
-from orchestrator.roles import Residency
+from actors.errors import WorkerLost
+from actors.fleet import EngineFleet
+from orchestrator.roles import Residency, WeightReceipt
 from orchestrator.turns import Turn, Turns, residency, taking_turns
-from tests.fakes import FakeEngine, FakeLearner, FakeReward
+from tests.fakes import FakeEngine, FakeLearner, FakeReward, rollout
 from tests.test_loop import fake_roles, run, settings
 
 
@@ -20,7 +22,8 @@ class Devices:
         self.levels[name] = level
         self.moves.append((name, level))
         awake = {n for n, at in self.levels.items() if at is Residency.AWAKE}
-        assert awake <= {"engine"} or "engine" not in awake, f"together on one device: {awake}"
+        engines = {n for n in awake if n.startswith("engine")}
+        assert not engines or awake == engines, f"together on one device: {awake}"
 
 
 def on(devices, name, cls, **verbs):
@@ -45,15 +48,21 @@ def on(devices, name, cls, **verbs):
     return Living()
 
 
-def shared(devices):
+class FakeActor(FakeLearner):
+    async def open_channel(self, num_receivers):
+        return None
+
+
+def shared(devices, **changes):
     whole, weights = Residency.AWAKE, Residency.WEIGHTS
+    engine = on(
+        devices, "engine", FakeEngine, generate=whole, logprobs=whole, prepare_weights=weights,
+        commit_weights=weights,
+    )  # fmt: skip
     return fake_roles(
-        engine=on(
-            devices, "engine", FakeEngine, generate=whole, logprobs=whole, prepare_weights=weights,
-            commit_weights=weights,
-        ),
+        **{"engine": engine} | changes,
         actor=on(
-            devices, "actor", FakeLearner, update=whole, score_rollouts=whole, send_weights=weights,
+            devices, "actor", FakeActor, update=whole, score_rollouts=whole, send_weights=weights,
             logprobs=weights,
         ),
         critic=on(devices, "critic", FakeLearner, update=whole, score_rollouts=whole),
@@ -104,7 +113,8 @@ def test_a_move_that_failed_is_made_again_by_the_next_verb():
 
     async def story():
         clumsy = Clumsy()
-        turns = Turns({"actor": clumsy})
+        turns = Turns()
+        turns.admit({"actor": clumsy})
         with pytest.raises(RuntimeError, match="out of memory"):
             async with turns.turn(Turn.SAMPLE):
                 pass
@@ -112,3 +122,78 @@ def test_a_move_that_failed_is_made_again_by_the_next_verb():
             return clumsy.tries
 
     assert asyncio.run(story()) == 2
+
+
+class Mortal:
+    """One engine of a fleet, with the verbs of ``fleet.EngineHandle``; its process dies in the call
+    number ``calls`` of ``dies_in``."""
+
+    def __init__(self, devices, index):
+        self.devices, self.name, self.dies_in, self.calls = devices, f"engine {index}", None, 0
+        self.alive, self.lives, self.version = True, 1, -1
+
+    async def ask(self, verb, least):
+        self.calls -= verb == self.dies_in
+        if verb == self.dies_in and self.calls == 0:
+            self.alive = False
+            self.devices.levels.pop(self.name, None)  # a dead process holds nothing
+        if not self.alive:
+            raise WorkerLost(f"died in {verb}")
+        assert self.devices.levels.get(self.name, Residency.AWAKE) >= least, f"{verb} while asleep"
+        await asyncio.sleep(0.001)
+
+    async def generate(self, prompt, num_samples, sampling, seeds):
+        await self.ask("generate", Residency.AWAKE)
+        return [rollout(prompt, k, version=self.version) for k in range(num_samples)]
+
+    async def logprobs(self, tokens):
+        await self.ask("logprobs", Residency.AWAKE)
+        return [-1.0] * (len(tokens) - 1)
+
+    async def join_weights(self, address, rank_offset):
+        await self.ask("join_weights", Residency.WEIGHTS)
+
+    async def receive_weights(self, version):
+        await self.ask("receive_weights", Residency.WEIGHTS)
+        self.version = version
+        return [WeightReceipt(version=version, checksums={"w": 7}, who="engine 0", num_bytes=4)]
+
+    async def commit_weights(self, version):
+        await self.ask("commit_weights", Residency.WEIGHTS)
+
+    async def reside(self, level):
+        await self.ask("reside", Residency.ASLEEP)
+        self.devices.put(self.name, level)
+
+    async def restart(self):
+        """The successor needs the devices for itself, and is awake when it has them."""
+        others = {name: level for name, level in self.devices.levels.items() if not name.startswith("engine")}
+        assert len(others) == 3 and set(others.values()) == {Residency.ASLEEP}
+        await asyncio.sleep(0.005)
+        self.devices.put(self.name, Residency.AWAKE)
+        self.alive, self.lives, self.version = True, self.lives + 1, 0
+
+
+@pytest.mark.parametrize("num_engines", [1, 2])
+@pytest.mark.parametrize(
+    ("verb", "call"),
+    [("generate", 3), ("logprobs", 2), ("join_weights", 1), ("receive_weights", 3), ("commit_weights", 2),
+     ("reside", 2), ("reside", 3), ("reside", 4)],
+)  # fmt: skip
+def test_an_engine_that_dies_at_any_turn_is_replaced_and_the_run_is_the_run_left_alone(
+    num_engines, verb, call
+):
+    """Its successor starts while the others sleep, and gets its weights in a turn of its own."""
+    alone = run(settings(steps=6), fake_roles())
+    devices, turns = Devices(), Turns()
+    doomed, *rest = engines = [Mortal(devices, k) for k in range(num_engines)]
+    doomed.dies_in, doomed.calls = verb, call
+    fleet = EngineFleet(engines, run_seed=3, restarts=1, turn=turns.turn)
+    names = frozenset({"engine", "actor", "critic", "reward"})
+    roles = taking_turns(shared(devices, engine=fleet), names, turns)
+    ledger, recorder = run(settings(steps=6), roles)
+    assert ledger.history == alone[0].history
+    left = [{k: v for k, v in step.items() if k != "sync_mb"} for step in alone[1].metrics]
+    assert [{k: v for k, v in step.items() if k != "sync_mb"} for step in recorder.metrics] == left
+    assert doomed.lives == 2 and all(engine.lives == 1 for engine in rest)
+    assert {engine.version for engine in engines} <= {5, 6}

@@ -4,6 +4,7 @@ from tests.mutants.record import Mutant
 
 LOOP, DATA, WEIGHTS = "tests/test_loop.py", "tests/test_data.py", "tests/test_weights.py"
 ENGINE, FLEET, WORKERS = "tests/test_engine.py", "tests/test_fleet.py", "tests/test_workers.py"
+TURNS = "tests/test_turns.py"
 SYNC = f"{ENGINE}::test_after_a_sync_engine_and_actor_are_one_model"
 
 ENGINES = (
@@ -276,6 +277,20 @@ ENGINES = (
         old='f"{prompt.uid}/{k}") for k in range(num_samples)',
         new='f"{prompt.uid}") for k in range(num_samples)',
         tests=(f"{FLEET}::test_seeds_come_from_the_run_and_the_uid_not_from_the_engine",),
+    ),
+    Mutant(
+        name="the successor of an engine starts on devices that others hold",
+        file="actors/fleet.py",
+        old="                async with self._turn(Turn.SAMPLE):\n                    await member.engine.restart()\n",
+        new="                await member.engine.restart()\n",
+        tests=(f"{TURNS}::test_an_engine_that_dies_at_any_turn_is_replaced_and_the_run_is_the_run_left_alone",),
+    ),
+    Mutant(
+        name="who waits for a successor holds the devices that it needs",
+        file="actors/fleet.py",
+        old="            await self._someone_serves()\n            async with self._turn(Turn.SAMPLE):\n",
+        new="            async with self._turn(Turn.SAMPLE):\n                await self._someone_serves()\n",
+        tests=(f"{TURNS}::test_an_engine_that_dies_at_any_turn_is_replaced_and_the_run_is_the_run_left_alone",),
     ),
     Mutant(
         name="an engine seeds its samples by their number",

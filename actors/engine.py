@@ -16,6 +16,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import psutil
@@ -279,8 +280,10 @@ class EngineWorker(VitalSigns):
         await self._llm.check_health()
 
     def pulse(self) -> Pulse:
-        """Of vLLM's processes: this one only waits for them. Raises ProcessGone when one has ended."""
-        return pulse_of(self._children)
+        """Of vLLM's processes: this one only waits for them. Raises ProcessGone when one has ended. Between
+        an update and its commit requests stand still, however long others need for theirs."""
+        held = not self._open.is_set() and self._failure is None
+        return replace(pulse_of(self._children), held=held)
 
     async def pids(self) -> list[int]:
         """vLLM's processes: the engine core, and a worker each when tensor_parallel > 1."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import psutil
 
-from actors.vital_signs import ProcessGone, Pulse
+from actors.vital_signs import ProcessGone, Pulse, core_wait
 
 
 def processes(llm: Any) -> list[int]:
@@ -29,4 +29,8 @@ def pulse_of(pids: Sequence[int]) -> Pulse:
         children = [psutil.Process(), *psutil.Process().children(recursive=True)]
     stopped = tuple(child.pid for child in children if child.status() == psutil.STATUS_STOPPED)
     times = [child.cpu_times() for child in children]
-    return Pulse(progress=sum(used.user + used.system for used in times), stopped=stopped)
+    return Pulse(
+        progress=sum(used.user + used.system for used in times),
+        waited=max(core_wait(child.pid) for child in children),
+        stopped=stopped,
+    )

@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.errors import FROM_INSIDE, CollectiveBroken, RoleError, WorkerLost, broke_collective
 from actors.recording import Working, recorded
+from actors.stall import StallClock
 from actors.vital_signs import VITAL, ProcessGone, Pulse, RosterLine
 from actors.ward import Ward
 from orchestrator.config import Deadlines
@@ -36,7 +37,6 @@ from orchestrator.placement import Seat
 from orchestrator.work import WorkLog
 
 PULSES = 5  # a silent worker has missed so many in a row
-IDLE_SHARE = 0.02  # of a core; what a process uses that only waits
 
 
 class RemoteWorker:
@@ -167,7 +167,7 @@ class RemoteWorker:
 
     async def _observe(self) -> None:
         missed, stopped_since = 0, None
-        moved_at, moved = time.monotonic(), 0.0
+        stall = StallClock(self.deadlines.silence_s)
         while not self.lost:
             asked = time.monotonic()
             patience = self.deadlines.silence_s if self._ready else self.deadlines.stall_s
@@ -180,7 +180,7 @@ class RemoteWorker:
                     await self._stalled(f"gave no sign of life for {patience:g} s")
                 continue
             except RayActorError as error:
-                self.lose(f"died: {_first_line(error)}")
+                self.lose(f"died in {self._phase()}: {_first_line(error)}")
                 return
             except RayTaskError as error:
                 self.lose(f"failed: {error.cause!r}")
@@ -189,10 +189,7 @@ class RemoteWorker:
             stopped_since = (stopped_since or now) if pulse.stopped else None
             if stopped_since is not None and now - stopped_since >= self.deadlines.silence_s / 2:
                 await self._stalled(f"has stopped processes {list(pulse.stopped)}")
-            idle = pulse.progress - moved < IDLE_SHARE * (now - moved_at) + 0.1
-            if not self._ready or not self._verbs or not idle:
-                moved_at, moved = now, pulse.progress
-            elif now - moved_at > self.deadlines.stall_s:
+            if stall.stalled_s(pulse, busy=self._ready and bool(self._verbs)) > self.deadlines.stall_s:
                 await self._stalled(f"made no progress for {self.deadlines.stall_s:g} s")
             await asyncio.sleep(max(0.0, every - (time.monotonic() - asked)))
 
@@ -200,8 +197,11 @@ class RemoteWorker:
         ref = self.handle.pulse.options(concurrency_group=VITAL).remote()
         return await asyncio.wait_for(asyncio.wrap_future(ref.future()), limit)
 
+    def _phase(self) -> str:
+        return ", ".join(sorted(set(self._verbs.values()))) or "no call"
+
     async def _stalled(self, why: str) -> None:
-        phase, lost = ", ".join(sorted(set(self._verbs.values()))) or "no call", self._loss()
+        phase, lost = self._phase(), self._loss()
         path = await self._ward.write_stacks(f"{self.name} {why}; it was in {phase}")
         if not lost.done():  # nobody else has ended it meanwhile
             self.lose(f"{why}; it was in {phase} and has been ended; stacks in {path}")

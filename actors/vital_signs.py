@@ -11,7 +11,9 @@ import os
 import signal
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 VITAL = "vital"  # name of the concurrency group
 _PR_SET_PDEATHSIG = 1
@@ -45,14 +47,28 @@ class Pulse:
     """``progress`` grows while the process works; ``stopped`` are pids that the kernel holds."""
 
     progress: float  # seconds of processor time, of this process or of those that work for it
+    waited: float = 0.0  # seconds for which it would have worked and got no core
+    held: bool = False  # the driver keeps it waiting: it need not get on
     stopped: tuple[int, ...] = ()
+
+
+def core_wait(pid: int) -> float:
+    """Seconds for which the thread of a process that has worked most has waited for a core, since its start.
+    0.0 where the kernel keeps no count (it is in nanoseconds in /proc/PID/task/TID/schedstat)."""
+    most, waited = 0, 0
+    for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(OSError):  # the thread has ended
+            worked, waits, _ = map(int, file.read_text().split())
+            if worked > most:
+                most, waited = worked, waits
+    return waited / 1e9
 
 
 class VitalSigns:
     """Mixed into every worker class."""
 
     def pulse(self) -> Pulse:
-        return Pulse(progress=time.process_time())
+        return Pulse(progress=time.process_time(), waited=core_wait(os.getpid()))
 
     def stacks(self) -> str:
         """The Python stack of every thread."""

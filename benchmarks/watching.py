@@ -1,11 +1,13 @@
-"""What it costs to be watched: updates of a policy in a Ray worker with a pulse, and in one without.
+"""What it costs to be watched and checked, in seconds of processor time, as a share of an update.
 
     python benchmarks/watching.py --model models/smollm2 --out benchmarks/results/watching_cpu.json
 
-Both workers live in one Ray, hold the same model, take the same update in turn, and begin in turn, so that a
-busy machine slows both. ``watched`` is a worker as a run starts it: verbs in a thread of Ray's, a pulse asked
-for five times in ``deadlines.silence_s``. ``plain`` runs its verbs in the main thread and is asked for
-nothing else. ``overhead`` is the median of the rounds' ratios, less 1.
+Processor time is counted and not wall time compared: two updates of one process differ by more than what is
+looked for. ``watch``: of driver and worker together, for each second that the worker is watched (a pulse five
+times in ``deadlines.silence_s``), less that of the same two processes idle and not watched. Once a step:
+``finite`` (the look at every weight), ``checksum`` (of every weight, at both ends), ``probe`` (a forward pass
+at both ends) and ``batch`` (the look at scores and rewards). ``share`` is of the update alone; generation,
+scores and the sync itself make a step longer.
 """
 
 import argparse
@@ -16,62 +18,91 @@ import secrets
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+import psutil
 import ray
 import torch
-from ray.actor import ActorMethod
 from ray.util.placement_group import placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.actor import Actor
-from actors.recording import recorded
 from actors.remote_worker import RemoteWorker, spawn
 from actors.ward import Ward
+from actors.weights.checksum import checksum
 from launch.bench.phases import Workload, experience
 from launch.environment import MODEL_ENV, WORKER_ENV
+from launch.rl_stage import PROBE_TOKENS
 from orchestrator.algorithms import grpo
 from orchestrator.balance import plan
 from orchestrator.config import Deadlines, Model, Optimizer
 from orchestrator.placement import Seat
-from orchestrator.work import Recorded, WorkBook
+from orchestrator.work import WorkBook
 
 ROOT = Path(__file__).parents[1]
 
 
-async def started(group, settings, env, threads) -> tuple[RemoteWorker, ray.actor.ActorHandle]:
+def processor_seconds(work: Callable[[], object], rounds: int) -> float:
+    """Of all threads of this process; the median after one round that warms up."""
+    taken = []
+    for _ in range(rounds + 1):
+        before = time.process_time()
+        work()
+        taken.append(time.process_time() - before)
+    return statistics.median(taken[1:])
+
+
+class Checked(Actor):
+    """An actor that counts what an update and everything that is looked at once in a step cost it."""
+
+    def count(self, work: Workload, rounds: int) -> dict[str, float]:
+        records = experience(work, model_vocab(work.model))
+        num_rows, budget = work.num_sequences, work.micro_batch_tokens
+        shares = plan([work.length] * num_rows, num_ranks=1, token_budget=budget)[0]
+        rows, weights = torch.arange(num_rows), records.action_mask / records.action_mask.sum()
+        named = dict(self.backend.named_full_parameters())
+        looks = {
+            "update": lambda: self.update_rows(records, rows, weights, shares),
+            "finite": self.backend.check_finite,
+            "checksum": lambda: [checksum(tensor) for tensor in named.values()],
+            "probe": lambda: self.logprobs(range(PROBE_TOKENS)),
+            "batch": lambda: [column.isfinite().all() for column in (records.rollout_logprobs,) * 4],
+        }
+        return {name: processor_seconds(look, rounds) for name, look in looks.items()}
+
+
+async def started(settings: dict[str, object], env: dict[str, str], threads: int) -> RemoteWorker:
+    group = placement_group([{"CPU": 1}])
+    await group.ready()
     ward = Ward(Path(tempfile.mkdtemp()), lambda incident: None, lambda lines: None, WorkBook())
     seat = Seat(group=0, bundle=0, resources={"CPU": 1.0})
-    watched = spawn(
-        Actor,
-        who="actor rank 0",
-        seat=seat,
-        group=group,
-        env=env,
-        deadlines=Deadlines(),
-        ward=ward,
+    worker = spawn(
+        Checked, who="actor rank 0", seat=seat, group=group, env=env, deadlines=Deadlines(), ward=ward,
         **settings,
-    )
-    options = {
-        "num_cpus": 1,
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1),
-        "runtime_env": {"env_vars": env},
-    }
-    plain = ray.remote(recorded(Actor)).options(**options).remote(**settings)
-    watched.attend([await watched.call(watched.handle.describe)], ready=True)
-    for handle in (watched.handle, plain):
-        host, port = await handle.rendezvous.remote()
-        await handle.setup.remote(0, 1, host, port, threads, 0, 600.0)
-    return watched, plain
+    )  # fmt: skip
+    host, port = await worker.call(worker.handle.rendezvous)
+    await worker.call(worker.handle.setup, 0, 1, host, port, threads, 0, 600.0)
+    return worker
 
 
-async def seconds(verb: ActorMethod, *args: object) -> float:
-    """Inside the worker, by its own clock."""
-    answer = await verb.remote(*args)
-    assert isinstance(answer, Recorded)
-    return answer.end - answer.begin
+async def watching(worker: RemoteWorker, seconds: float) -> dict[str, float]:
+    """Processor seconds per second of both processes: watched, and before that only there."""
+    lines = [await worker.call(worker.handle.describe)]
+    both = [psutil.Process(), psutil.Process(lines[0].pid)]
+
+    async def used() -> float:
+        before = [process.cpu_times() for process in both]
+        await asyncio.sleep(seconds)
+        after = [process.cpu_times() for process in both]
+        spent = (b.user + b.system - a.user - a.system for a, b in zip(before, after, strict=True))
+        return sum(spent) / seconds
+
+    await asyncio.sleep(2)  # what starting has left to do
+    alone = await used()
+    worker.attend(lines, ready=True)
+    return {"alone": alone, "watched": await used()}
 
 
 async def measure(options: argparse.Namespace) -> dict[str, object]:
@@ -79,39 +110,23 @@ async def measure(options: argparse.Namespace) -> dict[str, object]:
         model=options.model, dtype="float32", num_prompts=options.sequences, samples=1, prompt_tokens=64,
         response_tokens=options.tokens - 64, threads=options.threads,
     )  # fmt: skip
-    model = Model(path=work.model, dtype=work.dtype, max_length=work.length)
-    records = experience(work, model_vocab(work.model))
-    shares = plan([work.length] * work.num_sequences, num_ranks=1, token_budget=work.micro_batch_tokens)[0]
     settings = {
-        "model": model, "optimizer": Optimizer(learning_rate=1e-6), "total_steps": 1000,
+        "model": Model(path=work.model, dtype=work.dtype, max_length=work.length),
+        "optimizer": Optimizer(learning_rate=1e-6), "total_steps": 1000,
         "loss": grpo.CONFIG(kl_coef=0.0).policy_loss,
     }  # fmt: skip
     env = {**WORKER_ENV, **MODEL_ENV, "OMP_NUM_THREADS": str(work.threads), "PYTHONPATH": str(ROOT)}
-    group = placement_group([{"CPU": 1}, {"CPU": 1}])
-    await group.ready()
-    watched, plain = await started(group, settings, env, work.threads)
-    update = [
-        ray.put(records),
-        torch.arange(work.num_sequences),
-        records.action_mask / records.action_mask.sum(),
-        shares,
-    ]
-    sides: dict[str, list[float]] = {"watched": [], "plain": []}
-    verbs = {"watched": watched.handle.update_rows, "plain": plain.update_rows}
-    began = time.monotonic()
-    for round_ in range(options.rounds + 1):
-        for name in sorted(verbs, reverse=round_ % 2 == 1):
-            took = await seconds(verbs[name], *update)
-            if round_:  # the first warms up
-                sides[name].append(took)
-    ratios = [a / b for a, b in zip(sides["watched"], sides["plain"], strict=True)]
-    watched.dismiss()
+    worker = await started(settings, env, work.threads)
+    watch = await watching(worker, options.seconds)
+    seconds = await worker.call(worker.handle.count, work, options.rounds)
+    worker.end()
+    guards = 2 * seconds["checksum"] + 2 * seconds["probe"] + seconds["finite"] + seconds["batch"]
+    per_second = watch["watched"] - watch["alone"]
     return {
         "model": Path(options.model).name, "tokens": work.num_sequences * work.length,
-        "threads": work.threads, "rounds": options.rounds, "wall_s": round(time.monotonic() - began, 1),
-        "overhead": statistics.median(ratios) - 1, "ratios": [round(ratio, 4) for ratio in ratios],
-        "median_s": {name: round(statistics.median(taken), 4) for name, taken in sides.items()},
-        "seconds": {name: [round(one, 4) for one in taken] for name, taken in sides.items()},
+        "threads": work.threads, "rounds": options.rounds, "watch": watch, "watch_per_second": per_second,
+        "processor_s": seconds, "guards_per_step_s": guards,
+        "share": per_second + guards / seconds["update"],
     }  # fmt: skip
 
 
@@ -126,8 +141,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=192, help="of each sequence")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=30, help="for which a worker is watched")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     runtime = {"env_vars": {"PYTHONPATH": str(ROOT)}}

@@ -50,7 +50,9 @@ class Rig:
         for outcome in (received, sent):  # the sender only learns that somebody is gone
             if isinstance(outcome, BaseException):
                 raise outcome
+        assert self.engine.pulse().held  # until the commit it need not get on
         await self.engine.commit_weights(self.version)
+        assert not self.engine.pulse().held
         return sent, received
 
     def generate(self, *, samples: int = 4, **sampling: float) -> list[Rollout]:

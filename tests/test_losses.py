@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from actors.errors import WorkerLost, broke_collective
 from actors.group import LearnerGroup, WorkerGroup
 from actors.object_store import ObjectStore
 from actors.remote_worker import RemoteWorker, _kill, spawn
-from actors.vital_signs import Pulse, VitalSigns
+from actors.stall import StallClock
+from actors.vital_signs import Pulse, VitalSigns, core_wait
 from actors.ward import Ward
 from orchestrator.config import Deadlines
 from orchestrator.incidents import Incident, RestartsSpent
@@ -253,6 +255,41 @@ def test_a_pulse_counts_work_and_stacks_name_the_function() -> None:
     sum(range(3_000_000))
     assert signs.pulse().progress > before.progress
     assert "test_a_pulse_counts_work" in signs.stacks()
+
+
+def test_a_thread_that_gets_no_core_has_waited_for_one() -> None:
+    """Two processes want the same core all the time: each waits half of it."""
+    code = "import os; os.sched_setaffinity(0, {0})\nwhile True: pass"
+    spinners = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    try:
+        while min(psutil.Process(one.pid).cpu_times().user for one in spinners) < 0.3:
+            time.sleep(0.02)
+        assert max(core_wait(one.pid) for one in spinners) > 0.1
+        assert core_wait(os.getpid()) < time.monotonic() and core_wait(2**30) == 0.0
+    finally:
+        for one in spinners:
+            one.kill()
+
+
+def test_only_who_could_work_and_does_not_stands_still() -> None:
+    now = 100.0
+    stall = StallClock(10.0, clock=lambda: now)
+
+    def after(seconds: float, busy: bool = True, **pulse) -> float:
+        nonlocal now
+        now += seconds
+        return stall.stalled_s(Pulse(**pulse), busy=busy)
+
+    assert after(5, progress=3.0) == 0  # it worked
+    assert after(5, progress=3.0) == 5
+    assert after(5, progress=3.1) == 10  # 0.1 s in 10: that is waiting
+    assert after(5, progress=3.5) == 0  # more than 0.02 x 15 + 0.1
+    assert after(5, progress=3.5, busy=False) == 0
+    assert after(5, progress=3.5, held=True) == 0
+    assert after(8, progress=3.5, waited=7.0) == 1  # for 7 of 8 s it had no core
+    assert after(8, progress=3.5, waited=7.0) == 9
+    assert after(30, progress=3.5, waited=7.0) == 0  # for 30 s nobody looked
+    assert after(9, progress=3.5, waited=2.0) == 9  # the thread that waited has ended
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,18 @@
     python -m tests.chaos.kills FOLDER --who engine --signal STOP
     python -m tests.chaos.kills FOLDER --who actor --moments 12
 
-Prints how soon each loss was seen and how long it took until the next step was done. Then the same run is
-left alone for as many steps, at most MOST_COMPARED: batches and losses must be the same. Driver, and who was
-not struck, must be the processes that they were.
+Prints how soon each loss was seen, in which verbs the victim was, and how long it took until the next step
+was done. Then the same run is left alone for as many steps, at most MOST_COMPARED: batches and losses must be
+the same. Driver, and who was not struck, must be the processes that they were.
 """
 
 import argparse
 import json
 import random
+import re
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,11 @@ WITHIN_S = 2.0  # of the step before: moments are drawn from these
 MOST_COMPARED = 100
 SETTINGS = ("engine.replicas=1", "rl.steps=100000", "rl.algorithm.name=ppo", "rl.algorithm.kl_coef=0.1",
             "roles.actor.workers=2")  # fmt: skip
+# Of a trainer: short responses and many updates, so that it is in a call most of the time.
+BUSY_TRAINERS = ("rl.sampling.max_new_tokens=24", "rl.updates.epochs=6")
 
 
-def strike(run: Rig, who: str, number: int, chance: random.Random) -> dict[str, float]:
+def strike(run: Rig, who: str, number: int, chance: random.Random) -> dict[str, Any]:
     """The victim is gone, and the run has done another step."""
     role, rank = chance.choice(VICTIMS[who])
     pid, at = run.strike(role, rank, number)
@@ -49,7 +53,12 @@ def strike(run: Rig, who: str, number: int, chance: random.Random) -> dict[str, 
     run.until(lambda: not psutil.pid_exists(pid))
     run.until(lambda: since("rolled back" if who in TRAINERS else "recovered"))
     run.until_step(len(run.steps()) + 1)
-    return {"seen_s": round(lost["monotonic_s"] - at, 3), "works_s": round(time.monotonic() - at, 1)}
+    verbs = re.search(r"(?:died|it was) in ([\w ,]+)", lost["detail"])
+    return {
+        "in": verbs[1].removesuffix(" and has been ended") if verbs else "",
+        "seen_s": round(lost["monotonic_s"] - at, 3),
+        "works_s": round(time.monotonic() - at, 1),
+    }
 
 
 def others(run: Rig, who: str) -> dict[tuple[str, int], int]:
@@ -61,7 +70,7 @@ def others(run: Rig, who: str) -> dict[tuple[str, int], int]:
     }
 
 
-def disturbed(run: Rig, who: str, number: int, *, moments: int, seed: int) -> list[dict[str, float]]:
+def disturbed(run: Rig, who: str, number: int, *, moments: int, seed: int) -> list[dict[str, Any]]:
     chance, seen = random.Random(seed), []
     run.start()
     run.until_step(1)
@@ -93,7 +102,8 @@ def compare(run: Rig, golden: Rig) -> int:
 
 
 def measure(folder: Path, who: str, number: int, *, moments: int, seed: int = 0) -> dict[str, Any]:
-    with rig(folder / "run", *SETTINGS) as run, rig(folder / "golden", *SETTINGS) as golden:
+    settings = (*SETTINGS, *BUSY_TRAINERS) if who in TRAINERS else SETTINGS
+    with rig(folder / "run", *settings) as run, rig(folder / "golden", *settings) as golden:
         seen = disturbed(run, who, number, moments=moments, seed=seed)
         golden.start()
         golden.until_step(min(len(run.steps()), MOST_COMPARED))
@@ -102,7 +112,8 @@ def measure(folder: Path, who: str, number: int, *, moments: int, seed: int = 0)
     return {
         "who": who, "signal": signal.Signals(number).name, "moments": len(seen), "steps": len(run.steps()),
         "most_seen_s": max(one["seen_s"] for one in seen),
-        "most_works_s": max(one["works_s"] for one in seen), "steps_compared": same, "each": seen,
+        "most_works_s": max(one["works_s"] for one in seen), "in": Counter(one["in"] for one in seen),
+        "steps_compared": same, "each": seen,
     }  # fmt: skip
 
 

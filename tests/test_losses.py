@@ -16,7 +16,7 @@ from ray.exceptions import ObjectLostError
 from ray.util.placement_group import placement_group
 
 from actors.all_ranks import all_ranks
-from actors.errors import WorkerLost, broke_collective
+from actors.errors import RoleError, WorkerLost, broke_collective
 from actors.group import LearnerGroup, WorkerGroup
 from actors.object_store import ObjectStore
 from actors.remote_worker import RemoteWorker, _kill, spawn
@@ -229,6 +229,22 @@ def test_pids_of_another_host_are_left_alone() -> None:
         assert sleeper.poll() is None
         _kill(socket.gethostname(), [sleeper.pid])
         assert sleeper.wait(5) == -signal.SIGKILL
+
+
+async def test_a_port_that_somebody_has_taken_ends_the_start_with_the_rank_and_the_cause(
+    ward, bundle
+) -> None:
+    """FAULTS 30."""
+    workers = [worker(ward, bundle, f"slow rank {k}", Ranked) for k in range(2)]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        here = taken.getsockname()
+        first = workers[0]
+        with pytest.raises(RoleError, match=r"slow rank 0 failed in setup: .*address already in use"):
+            await first.call(first.handle.setup, 0, 2, *here, 1, 0, 1.0)
+    for one in workers:
+        one.dismiss()
 
 
 async def test_a_loss_after_the_kernel_took_memory_says_so_once(

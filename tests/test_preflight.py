@@ -1,5 +1,7 @@
 """A run that has no place on this machine is refused before anything starts."""
 
+import resource
+
 import pytest
 
 from launch.preflight import refuse_what_has_no_place, stage_roles
@@ -33,3 +35,16 @@ def test_a_run_without_a_place_is_refused_with_the_number_to_change(monkeypatch,
     assert "lower " in str(error.value)
     refuse_what_has_no_place(run, num_gpus=4, num_cpus=64)
     refuse_what_has_no_place(load(*RL, override, "ray_address=auto"), num_gpus=0, num_cpus=1)
+
+
+def test_a_process_that_may_open_no_files_to_speak_of_is_refused(monkeypatch):
+    """FAULTS 30."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"may have 64 files open, and Ray needs 256; .*ulimit -n 4096"):
+            refuse_what_has_no_place(load(*RL), num_gpus=0, num_cpus=64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    refuse_what_has_no_place(load(*RL), num_gpus=0, num_cpus=64)

@@ -63,6 +63,7 @@ class Rig:
         (folder / "run.yaml").write_text(RUN.format(folder=folder))
         self.outside = self._outside()
         self.process: subprocess.Popen | None = None
+        self.within: tuple[str, ...] = ()  # a command that starts the run's command
         self.seen: set[psutil.Process] = set()  # equal when pid and start are
 
     def start(self, *options: str) -> None:
@@ -70,7 +71,11 @@ class Rig:
         command = [sys.executable, "-m", "launch.cli", "train", str(self.folder / "run.yaml")]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, *self.overrides, *options], env=environment, cwd=ROOT, stdout=log, stderr=log
+                [*self.within, *command, *self.overrides, *options],
+                env=environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
             )
 
     def wait(self, timeout_s: float = 240) -> int:

@@ -1,4 +1,4 @@
-"""Machines that go, and stores that are full (FAULTS 12, 13): `make chaos`."""
+"""Machines that go, stores that are full, and no network (FAULTS 12, 13, 29): `make chaos`."""
 
 import asyncio
 import os
@@ -15,6 +15,7 @@ from actors.object_store import ObjectStore
 from actors.ward import Ward
 from orchestrator.batch import Examples
 from orchestrator.work import WorkBook
+from tests.chaos.rig import rig
 from tests.test_losses import Group, worker
 
 ROOT = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
@@ -65,3 +66,25 @@ def test_a_batch_that_finds_no_room_is_named_with_its_size(tmp_path: Path) -> No
     finally:
         ray.shutdown()
         os.system(f"umount {small}")
+
+
+NO_NETWORK = (
+    "env",
+    "-u",
+    "HF_HUB_OFFLINE",
+    "unshare",
+    "-n",
+    "sh",
+    "-c",
+    'ip link set lo up && exec "$@"',
+    "sh",
+)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
+def test_a_run_on_local_files_needs_no_network(tmp_path: Path) -> None:
+    """FAULTS 29."""
+    with rig(tmp_path, "engine.replicas=1", "rl.steps=2") as run:
+        run.within = NO_NETWORK
+        run.finish()
+        run.check()

@@ -40,7 +40,7 @@ def kill(run: Rig, chance: random.Random) -> dict[str, float]:
     run.process.wait()
     done = max((line["step"] for line in run.lines("metrics.jsonl")), default=0)
     drafts = list((run.run / "rl" / "checkpoints").glob("tmp-*"))
-    run.check_hygiene(30, agents=False)
+    run.check_hygiene(60, agents=False)
     return {
         "after_s": round(time.monotonic() - began, 1), "steps_lost": done - checkpointed(run),
         "in_a_save": bool(drafts),

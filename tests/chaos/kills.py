@@ -2,7 +2,7 @@
 
     python -m tests.chaos.kills FOLDER --who engine --moments 20
     python -m tests.chaos.kills FOLDER --who engine --signal STOP
-    python -m tests.chaos.kills FOLDER --who actor --moments 12
+    python -m tests.chaos.kills FOLDER --who actor --moments 24
 
 Prints how soon each loss was seen, in which verbs the victim was, and how long it took until the next step
 was done. Then the same run is left alone for as many steps, at most MOST_COMPARED: batches and losses must be
@@ -16,6 +16,7 @@ import re
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,10 @@ def compare(run: Rig, golden: Rig) -> int:
     return both
 
 
-def measure(folder: Path, who: str, number: int, *, moments: int, seed: int = 0) -> dict[str, Any]:
-    settings = (*SETTINGS, *BUSY_TRAINERS) if who in TRAINERS else SETTINGS
+def measure(
+    folder: Path, who: str, number: int, *, moments: int, seed: int = 0, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    settings = (*SETTINGS, *(BUSY_TRAINERS if who in TRAINERS else ()), *overrides)
     with rig(folder / "run", *settings) as run, rig(folder / "golden", *settings) as golden:
         seen = disturbed(run, who, number, moments=moments, seed=seed)
         golden.start()
@@ -124,11 +127,15 @@ def main() -> None:
     parser.add_argument("--signal", choices=["KILL", "STOP"], default="KILL")
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--set", nargs="*", default=(), help="settings of the run, e.g. placement.take_turns=true"
+    )
     options = parser.parse_args()
     number = getattr(signal, f"SIG{options.signal}")
-    print(
-        json.dumps(measure(options.folder, options.who, number, moments=options.moments, seed=options.seed))
+    report = measure(
+        options.folder, options.who, number, moments=options.moments, seed=options.seed, overrides=options.set
     )
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,16 @@ def test_an_engine_is_lost_at_random_moments(tmp_path: Path, who: str, number: i
     assert kills.measure(tmp_path, who, number, moments=20)["most_seen_s"] < limit_s
 
 
+def test_an_engine_that_takes_turns_on_shared_devices_is_lost(tmp_path: Path) -> None:
+    share = "placement.share=[[engine,actor,critic,reward,reference]]"
+    turns = ("placement.take_turns=true", share, "roles.actor.workers=1")
+    report = kills.measure(tmp_path, "engine", signal.SIGKILL, moments=3, overrides=turns)
+    assert report["steps_compared"] > 3
+
+
 @pytest.mark.parametrize("who", ["actor", "critic"])
 def test_a_trainer_rank_is_killed_at_random_moments(tmp_path: Path, who: str) -> None:
-    assert kills.measure(tmp_path, who, signal.SIGKILL, moments=12)["most_works_s"] < 60
+    assert kills.measure(tmp_path, who, signal.SIGKILL, moments=24)["most_works_s"] < 60
 
 
 @pytest.mark.parametrize("who", ["reward", "reference"])

@@ -9,7 +9,8 @@ engine its weights as well: so no half-updated engine serves, and no sample is d
 
 import asyncio
 
-from actors.fleet import EngineFleet, EngineHandle, Member, State
+from actors.fleet import EngineFleet
+from actors.member import EngineHandle, Member, State
 from orchestrator.roles import Residency
 
 DRAIN_S = 0.1  # between two looks at what an engine that leaves has still to answer

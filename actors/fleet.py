@@ -21,52 +21,18 @@ for an engine inside one: its successor needs the devices too.
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from enum import Enum
-from typing import Protocol
 
 from actors.all_ranks import outcome
-from actors.budget import Budget
 from actors.errors import MovedOn, NotServing, RoleError, WorkerLost
-from actors.weights.wire import Address
+from actors.member import EngineHandle, Member, State
 from orchestrator.batch import Prompt, Rollout
-from orchestrator.incidents import Incident, Report, RestartsSpent
+from orchestrator.incidents import Incident, Report
 from orchestrator.ledger import sample_seed
 from orchestrator.publish import check_receipt
 from orchestrator.roles import Policy, Residency, Sampling, WeightReceipt
 from orchestrator.turns import TakeTurn, Turn, at_any_time
 
 SYNC_ATTEMPTS = 3  # that may fail although nobody was lost
-
-
-class EngineHandle(Protocol):
-    """One engine and its successors, here or behind Ray. Verbs raise WorkerLost when its process is gone."""
-
-    async def generate(
-        self, prompt: Prompt, num_samples: int, sampling: Sampling, seeds: Sequence[int]
-    ) -> list[Rollout]: ...
-    async def join_weights(self, address: Address, rank_offset: int) -> None: ...
-    async def receive_weights(self, version: int) -> list[WeightReceipt]: ...
-    async def commit_weights(self, version: int) -> None: ...
-    async def logprobs(self, tokens: Sequence[int]) -> list[float]: ...
-    async def reside(self, level: Residency) -> None: ...
-    async def restart(self) -> None: ...
-    def give_up(self, why: str) -> RestartsSpent: ...
-    async def health(self) -> None: ...
-    async def close(self) -> None: ...
-
-
-class State(Enum):
-    SERVING, WAITING, AWAY, RETIRED, LEAVING = range(5)
-
-
-class Member:
-    """One engine of the fleet."""
-
-    def __init__(self, engine: EngineHandle, restarts: int) -> None:
-        self.engine, self.budget = engine, Budget(restarts)
-        self.state = State.SERVING  # with the weights of the model folder, until there are others
-        self.asked = 0  # samples asked for and not yet answered
-        self.given_up: RestartsSpent | None = None
 
 
 class EngineFleet:
@@ -257,11 +223,12 @@ class EngineFleet:
             try:
                 async with self._turn(Turn.SAMPLE):
                     await member.engine.restart()
+                    successor = self._members[self._members.index(member)] = member.successor()
+                    await self._enter([successor], State.WAITING)  # so that the next turn moves it too
             except RoleError as error:
                 why = str(error)
                 continue
-            await self._enter([member], State.WAITING)
-            await self._catch_up(member)
+            await self._catch_up(successor)
             return
         member.given_up = member.engine.give_up(why)
         await self._enter([member], State.RETIRED)

@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup
 
 from actors.elastic_fleet import ElasticFleet
 from actors.errors import RoleError
-from actors.fleet import EngineHandle
+from actors.member import EngineHandle
 from actors.remote_engine import RemoteEngine
 from launch.cluster import Cluster, PlacementError
 from launch.scale import BY_ITSELF, Wish, ask, asked, forget_older

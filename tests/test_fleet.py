@@ -202,6 +202,32 @@ async def test_what_a_lost_engine_had_not_finished_is_drawn_again_under_its_uid_
     assert engines[0].lives == 2 and engines[0].version == 4 and engines[0].serves
 
 
+async def test_a_loss_that_is_learned_when_the_successor_serves_is_not_its_loss() -> None:
+    """One engine dies in the probe, and has a successor before the other has answered the probe."""
+    engines = [FakeEngine("engine 0", open=True), FakeEngine("engine 1", open=True)]
+    fleet, _ = fleet_of(engines)
+    policy = FakePolicy(engines)
+    await sync(fleet, policy, 1)
+
+    async def dies(tokens: Sequence[int]) -> list[float]:
+        engines[0].kill()
+        raise WorkerLost("engine 0 died")
+
+    async def takes_long(tokens: Sequence[int]) -> list[float]:
+        await asyncio.sleep(0.3)
+        return [-1.0]
+
+    engines[0].logprobs, engines[1].logprobs = dies, takes_long
+    probe = asyncio.create_task(fleet.logprobs([1, 2]))
+    await asyncio.sleep(0.01)
+    await fleet.generate(prompt(0), 1, SAMPLING)  # engine 0 is asked first: its loss is known
+    await asyncio.sleep(0.1)
+    assert (engines[0].lives, engines[0].serves, probe.done()) == (2, True, False)
+    assert await probe == [[-1.0]]
+    await asyncio.sleep(0.1)
+    assert (engines[0].lives, engines[0].serves) == (2, True)
+
+
 async def test_a_successor_that_the_policy_has_left_behind_waits_for_the_next_sync() -> None:
     engines = [FakeEngine("engine 0"), FakeEngine("engine 1")]
     fleet, _ = fleet_of(engines)

@@ -282,7 +282,7 @@ ENGINES = (
         name="the successor of an engine starts on devices that others hold",
         file="actors/fleet.py",
         old="                async with self._turn(Turn.SAMPLE):\n                    await member.engine.restart()\n",
-        new="                await member.engine.restart()\n",
+        new="                if True:\n                    await member.engine.restart()\n",
         tests=(f"{TURNS}::test_an_engine_that_dies_at_any_turn_is_replaced_and_the_run_is_the_run_left_alone",),
     ),
     Mutant(
@@ -291,6 +291,13 @@ ENGINES = (
         old="            await self._someone_serves()\n            async with self._turn(Turn.SAMPLE):\n",
         new="            async with self._turn(Turn.SAMPLE):\n                await self._someone_serves()\n",
         tests=(f"{TURNS}::test_an_engine_that_dies_at_any_turn_is_replaced_and_the_run_is_the_run_left_alone",),
+    ),
+    Mutant(
+        name="a loss that was learned late costs the successor",
+        file="actors/member.py",
+        old="        successor = copy(self)\n",
+        new="        successor = self\n",
+        tests=(f"{FLEET}::test_a_loss_that_is_learned_when_the_successor_serves_is_not_its_loss",),
     ),
     Mutant(
         name="an engine seeds its samples by their number",

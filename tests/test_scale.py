@@ -5,12 +5,16 @@ import fcntl
 import os
 
 import pytest
+import ray
+from ray.util.placement_group import placement_group_table
 
 from actors.elastic_fleet import ElasticFleet
 from launch.cli import main
+from launch.cluster import Cluster, PlacementError
 from launch.scale import BY_COMMAND, Wish, ask, asked, forget_older
 from orchestrator.config import Run
 from orchestrator.configfile import write_run
+from tests.test_config import load
 from tests.test_fleet import SAMPLING, FakeEngine, FakePolicy, prompt, sync
 
 
@@ -101,6 +105,25 @@ async def test_the_last_engine_stays() -> None:
     fleet = fleet_of([FakeEngine(open=True)])
     with pytest.raises(ValueError, match="the last one cannot leave"):
         await fleet.leave()
+
+
+@pytest.mark.ray
+async def test_devices_that_are_not_granted_leave_no_request_behind(tmp_path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        cluster = Cluster(load(f"run_dir={tmp_path}", "engine.cpus_per_worker=2", "placement.timeout_s=1"))
+        with pytest.raises(PlacementError, match="wants 2 CPU; the cluster has 1"):
+            await cluster.one_more_engine()
+        asked = asyncio.create_task(cluster.one_more_engine())
+        await asyncio.sleep(0.5)
+        asked.cancel()  # the run is over
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert [group["state"] for group in placement_group_table().values()] == ["REMOVED", "REMOVED"]
+    finally:
+        ray.shutdown()
 
 
 def run_in(folder, **fields) -> Run:

@@ -2,9 +2,10 @@
 
     python benchmarks/backbone_memory.py --model models/smollm2 --out benchmarks/results/backbone_cpu.json
 
-Every worker is a process, as under Ray, and does what a PPO step asks of it on the same rows: all score, then
-actor and critic take two optimizer steps, all at the same time where they are apart. The peak is that of the
-sum over the processes (PSS: shared pages are split among those that map them), sampled four times a second.
+Every worker is a process with the allocator's settings of a worker under Ray, and does what a PPO step asks
+of it on the same rows: all score, then actor and critic take two optimizer steps, all at the same time where
+they are apart. The peak is that of the sum over the processes (PSS: shared pages are split among those that
+map them), sampled four times a second.
 Three layouts: separate roles that train all their weights, separate roles with LoRA, the shared backbone. The
 weights are equal: one LoRA reward model, trained for a step, is the reward of all three.
 """
@@ -18,7 +19,9 @@ import threading
 import time
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+from launch.environment import MODEL_ENV
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **MODEL_ENV}
 import torch
 
 from actors.actor import Actor
@@ -113,6 +116,7 @@ def measure(roles, model, reward):
         ours, theirs = context.Pipe()
         process = context.Process(target=work, args=(role, model, reward, theirs), daemon=True)
         process.start()
+        theirs.close()  # so that a process that dies ends the wait for its answer
         pipes.append(ours)
         processes.append(process)
     peak, done = 0, threading.Event()

@@ -122,7 +122,7 @@ class Actor(Learner):
                 raise PolicyMovedOn(f"the weights of version {version} were trained on since they were sent")
             backend.check_finite()
         except (PolicyMovedOn, NonFiniteStateError):
-            self.sender.close()  # the receivers, which wait already, learn that nothing comes
+            self.sender.refuse()  # the receivers, which wait already or soon
             raise
         self._sent, self._trained = version, False
         named = backend.adapter_tensors() if self.sends_adapter else backend.named_full_parameters()

@@ -160,6 +160,19 @@ def test_a_receiver_that_never_comes_ends_the_send() -> None:
         sender.send(policy().items(), 1)
 
 
+def test_who_comes_to_a_sender_that_refuses_learns_it_at_once() -> None:
+    """A policy that has been trained since refuses to send what an engine that joins asks for."""
+    sender = GlooSender(rank=0, host="127.0.0.1", dtype=F32, bucket_mb=1, timeout_s=20)
+    address = sender.open(metas(policy().items()), world_size=3)
+    began = time.monotonic()
+    refused, *received = in_threads(
+        sender.refuse, lambda: receiver(address, 1), lambda: receiver(address, 2, late_s=0.3)
+    )
+    assert refused.exception() is None
+    assert all(isinstance(future.exception(), RuntimeError) for future in received)
+    assert time.monotonic() - began < 10
+
+
 def test_other_tensors_than_announced_are_refused_by_name() -> None:
     sender = GlooSender(rank=1, host="127.0.0.1", dtype=F32, bucket_mb=1)
     sender.open(metas([("a", noise(2)), ("b", noise(3))]), world_size=2)

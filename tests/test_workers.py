@@ -212,10 +212,10 @@ def test_probe_is_every_token_but_the_first_at_temperature_one(model: Model) -> 
 class Ledger:
     """A sender that writes down what it was given."""
 
-    closed = False
+    refused = False
 
-    def close(self) -> None:
-        self.closed = True
+    def refuse(self) -> None:
+        self.refused = True
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> WeightReceipt:
         sums = {name: int(tensor.numel()) for name, tensor in named_tensors}
@@ -242,7 +242,7 @@ def test_a_weight_that_is_not_finite_is_not_sent(model: Model) -> None:
         list(actor.backend.engine.module.parameters())[-1].view(-1)[0] = math.inf
     with pytest.raises(NonFiniteStateError, match="nothing is sent to the engines"):
         actor.send_weights(1)
-    assert actor.sender.closed  # and the engines, which wait already, wait no longer
+    assert actor.sender.refused  # and the engines, which wait already, wait no longer
 
 
 def test_a_critic_learns_the_returns(model: Model) -> None:

@@ -8,6 +8,7 @@ travels the sender sums it up and flattens the next, and the receiver loads the 
 
 import datetime
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import ClassVar
 
 import torch
@@ -136,6 +137,14 @@ class GlooSender(Sending):
             assert self._store is not None and self._address is not None
             self._group = join(self._store, 0, self._address.world_size, self._timeout_s)
         return self._group
+
+    def refuse(self) -> None:
+        """Receivers of a channel that is new come to it only when they receive; to a closed one they would
+        try to come for all of their time."""
+        if self._store is not None:
+            with suppress(RuntimeError):  # one never came
+                self._joined()
+        self.close()
 
     def close(self) -> None:
         """Who still waits for this end learns of it."""

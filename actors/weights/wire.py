@@ -85,6 +85,10 @@ class Sender(Protocol):
         """The tensors of ``open`` in the same order, cast to the engine's dtype. ValueError for any other."""
         ...
 
+    def refuse(self) -> None:
+        """Nothing comes: who waits for it, or is on its way, learns of it. Then as ``close``."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -98,6 +102,12 @@ class Sending:
     ) -> None:
         self._rank, self._host, self._dtype, self._timeout_s = rank, host, dtype, timeout_s
         self._bucket_bytes = bucket_mb << 20
+
+    def refuse(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
 
     def _address_of(self, tensors: Sequence[TensorMeta], world_size: int, port: int) -> Address:
         return Address(

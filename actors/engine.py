@@ -88,6 +88,8 @@ class EngineWorker(VitalSigns):
         self._adapter = None if self._serves is None else adapter_request()
         self._llm = AsyncLLM.from_engine_args(self._arguments())
         self._children = processes(self._llm)
+        if self._device == "cpu":
+            await self._llm.collective_rpc("draw_in_blocks")
         self._tokenizer, self._stop_ids = tokenizer_and_ends(self._model, self._revision)
         await self._llm.update_weight_version(str(self._version))
         settle_heap()

@@ -28,6 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from actors.engine_sampler import RolloutSampler
 from actors.vital_signs import die_with_parent
 from actors.weights import gloo
 from actors.weights.checksum import digest, resolve
@@ -206,6 +207,11 @@ class WorkerExtension:
     start_weight_update: Callable[[], None]  # these three are vLLM's
     update_weights: Callable[[dict[str, Any]], None]
     finish_weight_update: Callable[[], None]
+
+    def draw_in_blocks(self) -> None:
+        """On CPUs, but not on those where vLLM samples in plain PyTorch."""
+        if self.model_runner.sampler.topk_topp_sampler.forward.__name__ == "forward_cpu":
+            self.model_runner.sampler = RolloutSampler()
 
     def apply_weight_update(self, version: int) -> dict[str, Any]:
         """vLLM's three verbs of an update in one call, so that no step can fall between them; or the

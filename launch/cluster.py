@@ -28,9 +28,8 @@ from launch.trace import RunTrace
 from orchestrator.config import Run
 from orchestrator.placement import Layout, Resources, Seat, layout, request, shortage
 
-GRANT_S = (
-    1  # of one look at a placement group, in a thread that nobody can interrupt; Ray takes whole seconds
-)
+# Of one look at a placement group, in a thread that nobody can interrupt; Ray takes whole seconds.
+GRANT_S = 1
 OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: a few batches of experience
 
 

@@ -24,7 +24,7 @@ test: setup
 	$(BIN)/pytest -m "not slow"
 
 test-slow: setup
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --durations=15
 
 test-all: setup
 	$(BIN)/pytest

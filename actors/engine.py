@@ -33,7 +33,7 @@ from orchestrator.work import Work
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.outputs import RequestOutput
 
 _CPU_KV_CACHE_MB = 256
 CPU_BLOCK_TOKENS = 32  # the least that vLLM's CPU attention likes
@@ -69,6 +69,7 @@ class EngineWorker(VitalSigns):
         self._max_length, self._index, self._device, self._transport = max_length, index, device, transport
         self._serves, self._sleeps = adapter, sleeps
         self._version = 0  # weights of the model folder
+        self._versions = [0]  # by how often the prefix cache had been emptied (engine_scheduler.py)
         self._failure: str | None = None  # why this engine holds no usable weights
         self._eager = is_eager(config, device)
         self._num_probes = 0
@@ -91,7 +92,6 @@ class EngineWorker(VitalSigns):
         if self._device == "cpu":
             await self._llm.collective_rpc("draw_in_blocks")
         self._tokenizer, self._stop_ids = tokenizer_and_ends(self._model, self._revision)
-        await self._llm.update_weight_version(str(self._version))
         settle_heap()
 
     def _arguments(self) -> Any:
@@ -121,6 +121,7 @@ class EngineWorker(VitalSigns):
             logprobs_mode="processed_logprobs",  # those of the distribution that was drawn from
             skip_tokenizer_init=True,
             enable_sleep_mode=self._sleeps and not on_cpu,
+            scheduler_cls=f"actors.engine_scheduler.WholeResponses{'' if on_cpu else 'Ahead'}",
             worker_extension_cls="actors.weights.receivers.WorkerExtension",
             weight_transfer_config=WeightTransferConfig(backend=f"quartet_{self._transport}"),
             disable_log_stats=True,
@@ -152,7 +153,7 @@ class EngineWorker(VitalSigns):
 
     async def _sample(self, prompt: Prompt, sample: int, sampling: Sampling, seed: int) -> Rollout:
         await self._admitted()
-        uid, version = f"{prompt.uid}/{sample}", self._version
+        uid = f"{prompt.uid}/{sample}"
         room = self._max_length - len(prompt.tokens)
         output = await self._request(prompt.tokens, uid, drawing(sampling, seed, room, self._stop_ids))
         completion = output.outputs[0]
@@ -160,19 +161,21 @@ class EngineWorker(VitalSigns):
         reasons = {"stop": StopReason.EOS, "length": StopReason.LENGTH}
         if completion.finish_reason not in reasons:
             raise RuntimeError(f"engine {self._index} ended {uid} with {completion.finish_reason!r}")
-        scores = tuple(
-            entry[token].logprob for entry, token in zip(completion.logprobs, response, strict=True)
-        )
+        drawn = [entry[token] for entry, token in zip(completion.logprobs, response, strict=True)]
         return Rollout(
             uid=uid,
             prompt=prompt,
             tokens=prompt.tokens + response,
             action_mask=(False,) * len(prompt.tokens) + (True,) * len(response),
-            logprobs=(0.0,) * len(prompt.tokens) + scores,
+            logprobs=(0.0,) * len(prompt.tokens) + tuple(token.logprob for token in drawn),
             text=self._tokenizer.decode(response, skip_special_tokens=True),
-            versions=(0,) * len(prompt.tokens) + _versions(completion, default=version),
+            versions=(0,) * len(prompt.tokens) + tuple(self._drawn_from(token.rank) for token in drawn),
             stop=reasons[completion.finish_reason],
         )
+
+    def _drawn_from(self, emptied: int) -> int:
+        """The version of the weights when the prefix cache had been emptied so often."""
+        return self._versions[min(emptied, len(self._versions) - 1)]
 
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
         """log p(tokens[t] | tokens[:t]) for t = 1, 2, ... at temperature 1, through the engine's own
@@ -237,9 +240,12 @@ class EngineWorker(VitalSigns):
             await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
             self._frozen = True
         receipts = await self._llm.collective_rpc("apply_weight_update", args=(version,))
-        await self._llm.update_weight_version(str(version))
-        if not await self._llm.reset_prefix_cache(reset_running_requests=True):
+        # AsyncLLM.reset_prefix_cache does this, and makes of the number a yes.
+        emptied = await self._llm.engine_core.call_utility_async("reset_prefix_cache", True, False)
+        if not emptied:
             raise RuntimeError("vLLM kept its prefix cache: keys and values of old weights would be reused")
+        asleep = emptied - len(self._versions)  # going to sleep empties it too
+        self._versions += [self._versions[-1]] * asleep + [version]
         return receipts
 
     async def commit_weights(self, version: int) -> None:
@@ -308,12 +314,3 @@ class EngineWorker(VitalSigns):
         for process in psutil.wait_procs(left, timeout=5)[1]:
             process.kill()
         del self._llm  # its destructor shuts down again, too late when the interpreter does
-
-
-def _versions(completion: "CompletionOutput", *, default: int) -> tuple[int, ...]:
-    """The weight version of each token; a response during which none was published has that of its
-    beginning."""
-    spans = completion.weight_versions
-    if spans is None:
-        return (default,) * len(completion.token_ids)
-    return tuple(int(span.version) for span in spans for _ in range(span.start, span.end))

@@ -37,6 +37,16 @@ def broke_collective(cause: BaseException | None, verb: str) -> bool:
     return any(mark in str(cause) for mark in GLOO_SAYS)
 
 
+LESS_MEMORY = "lower micro_batch_tokens or kv_cache_mb, or take more memory"
+NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")  # torch's allocators, and C++
+
+
+def remedy(cause: BaseException | None) -> str:
+    """For the error of a worker whose allocator got nothing more; its process lives, and would fail again."""
+    ran_out = isinstance(cause, MemoryError) or any(mark in str(cause) for mark in NO_MEMORY)
+    return f"; {LESS_MEMORY}" if ran_out else ""
+
+
 FROM_INSIDE = {NoWeights: NotServing, PolicyMovedOn: MovedOn}  # what a worker says -> what its caller catches
 
 

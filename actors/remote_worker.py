@@ -26,7 +26,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.errors import FROM_INSIDE, CollectiveBroken, RoleError, WorkerLost, broke_collective
+from actors.errors import FROM_INSIDE, CollectiveBroken, RoleError, WorkerLost, broke_collective, remedy
 from actors.recording import Working, recorded
 from actors.stall import StallClock
 from actors.vital_signs import VITAL, ProcessGone, Pulse, RosterLine
@@ -126,7 +126,7 @@ class RemoteWorker:
                 raise kind(f"{self.name}: {error.cause}") from error
             if isinstance(error.cause, ProcessGone):
                 raise WorkerLost(self.lose(f"failed in {verb}: {error.cause}", lost)) from error
-            raise RoleError(f"{self.name} failed in {verb}: {error.cause!r}") from error
+            raise RoleError(f"{self.name} failed in {verb}: {error.cause!r}{remedy(error.cause)}") from error
         except (RayActorError, ObjectLostError) as error:  # an answer that its host took with it
             raise WorkerLost(self.lose(f"died in {verb}: {_first_line(error)}", lost)) from error
 

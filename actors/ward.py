@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from actors.errors import LESS_MEMORY
 from actors.vital_signs import RosterLine, VitalSigns
 from orchestrator.incidents import Report
 from orchestrator.work import WorkBook
@@ -49,7 +50,7 @@ class Ward:
         before, self._oom_kills = self._oom_kills, oom_kills()
         number = self._oom_kills - before
         hint = f"; the kernel's OOM killer ended {number} processes of this machine since the last loss"
-        return f"{hint}: lower micro_batch_tokens or kv_cache_mb, or take more memory" if number else ""
+        return f"{hint}: {LESS_MEMORY}" if number else ""
 
     async def write_stacks(self, why: str) -> Path:
         """One file with the stacks of every thread of the driver and of all workers that answer."""

@@ -148,8 +148,9 @@ def main() -> None:
     options = parser.parse_args()
     runtime = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=runtime
-    )
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
+        runtime_env=runtime,
+    )  # fmt: skip
     report = asyncio.run(measure(options))
     print(json.dumps(report, indent=1))
     if options.out:

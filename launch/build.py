@@ -32,7 +32,7 @@ from actors.weights.wire import ServedAdapter
 from launch.cluster import Cluster
 from launch.engine_count import EngineCount
 from launch.engines import channel, served_adapter, spawn_engine, turn_takers
-from launch.environment import MODEL_ENV, WORKER_ENV
+from launch.environment import MODEL_ENV, WORKER_ENV, openmp
 from launch.incidents import IncidentLog
 from launch.trainable import reward_adapter
 from orchestrator.config import MODEL, Adapter, Model, Optimizer, Run, Workers
@@ -64,7 +64,7 @@ class Crew:
     async def group(self, cls: type, group_cls: Callable[..., G], role: str, **settings: Any) -> G:
         """Starts a role's workers and waits until each has its model."""
         place: Workers = getattr(self.run.roles, role)
-        env = {**WORKER_ENV, **MODEL_ENV, "OMP_NUM_THREADS": str(place.threads)}
+        env = {**WORKER_ENV, **MODEL_ENV, **openmp(place.threads)}
         workers = [
             spawn(cls, who=f"{role} rank {rank}", seat=seat, group=self.groups[seat.group], env=env,
                   deadlines=self.run.deadlines, ward=self.ward, **settings)
@@ -217,11 +217,3 @@ class Crew:
             model=model, functions=place.specs(), micro_batch_tokens=place.micro_batch_tokens,
             normalize=place.normalize,
         )  # fmt: skip
-
-
-def rl_roles(run: Run) -> list[str]:
-    """The roles that the algorithm, as configured, starts."""
-    assert run.rl is not None
-    if run.placement.backbone == "shared":
-        return ["actor", "engine"]
-    return ["actor", "engine", "reward", *sorted(run.rl.algorithm.roles())]

@@ -26,10 +26,11 @@ from launch.leftovers import end_leftovers
 from launch.submit.startup import mark
 from launch.trace import RunTrace
 from orchestrator.config import Run
-from orchestrator.placement import Layout, Resources, Seat, layout, request, shortage
+from orchestrator.placement import Layout, Resources, Seat, engines_apart, layout, request, shortage
 
 # Of one look at a placement group, in a thread that nobody can interrupt; Ray takes whole seconds.
 GRANT_S = 1
+SLURM_GRANT_S = 20.0  # a job gets no more nodes: what is not free by then is not there
 OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: a few batches of experience
 
 
@@ -42,7 +43,7 @@ def role_labels(plan: Layout, group: int, labels: set[str]) -> dict[str, str]:
     Example: on a cluster with nodes labelled quartet.role.actor, the actor's group gets
     {"quartet.role.actor": "true"}; on one without labels every group gets {} and may live anywhere.
     """
-    roles = [role for role, seats in plan.seats.items() if seats[0].group == group]
+    roles = [role for role, seats in plan.seats.items() if group in {seat.group for seat in seats}]
     return {ROLE_LABEL + role: "true" for role in roles if ROLE_LABEL + role in labels}
 
 
@@ -71,11 +72,13 @@ class Cluster(AbstractContextManager["Cluster"]):
         self._groups: list[PlacementGroup] = []
         self._single: list[PlacementGroup] = []  # of these, those of one engine that came later
         self._address = run.ray_address or os.environ.get("RAY_ADDRESS")
+        self._fixed = "SLURM_JOB_ID" in os.environ  # the nodes are those of a job's allocation
         self._roster: list[RosterLine] = []
         self.trace = RunTrace(run.run_dir / "trace.json" if run.tracking.trace else None)
 
     def __enter__(self) -> Self:
         local = {
+            "address": "local",  # not one that somebody else has started on this machine
             "num_cpus": os.cpu_count(),
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": False,
@@ -105,7 +108,7 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def place(self, roles: Sequence[str]) -> tuple[Layout, list[PlacementGroup]]:
         """Reserves the devices of a stage; raises PlacementError when they are not granted in time."""
-        plan = layout(self._run, roles)
+        plan = engines_apart(layout(self._run, roles))
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if self._address is None and (why := shortage(self._run, plan, nodes)):
             raise PlacementError(why)
@@ -122,7 +125,8 @@ class Cluster(AbstractContextManager["Cluster"]):
         engine = self._run.engine.model_copy(update={"replicas": 1})
         plan = layout(self._run.model_copy(update={"engine": engine}), ["engine"])
         (group,) = _groups_of(plan)
-        deadline = time.monotonic() + self._run.placement.timeout_s
+        timeout_s = self._run.placement.timeout_s
+        deadline = time.monotonic() + (min(timeout_s, SLURM_GRANT_S) if self._fixed else timeout_s)
         try:
             while not await asyncio.to_thread(group.wait, GRANT_S):
                 if time.monotonic() > deadline:
@@ -176,6 +180,11 @@ class Cluster(AbstractContextManager["Cluster"]):
         if why := shortage(self._run, plan, nodes):
             return why
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+        if self._fixed:
+            return (
+                f"{request(self._run, plan)}\nfinds no room in Slurm's allocation, in which only {free} is "
+                "free: ask for less, or submit the run with more nodes"
+            )
         return (
             f"{request(self._run, plan)}\nwas not granted within "
             f"placement.timeout_s={self._run.placement.timeout_s:g} s. The cluster is large enough, but only "

@@ -5,25 +5,11 @@ On a cluster that is already running, the cluster is asked instead, within ``pla
 
 import os
 import resource
-from collections.abc import Iterator
 
 from orchestrator.config import Run
-from orchestrator.placement import Resources, layout, shortage
+from orchestrator.placement import Resources, layout, shortage, stage_roles
 
 MIN_OPEN_FILES = 256  # a worker has some 80 open, Ray's own processes as many
-
-
-def stage_roles(run: Run) -> Iterator[tuple[str, list[str]]]:
-    """(stage, the roles it starts at once)."""
-    if run.sft:
-        yield "sft", ["actor"]
-    if run.reward_model:
-        yield "reward_model", ["reward"]
-    if run.preference:
-        beside = run.preference.objective.needs_reference and not run.preference.precompute_reference
-        yield "preference", ["actor", "reference"] if beside else ["actor"]
-    if run.rl:
-        yield "rl", ["actor", "engine", "reward", *sorted(run.rl.algorithm.roles())]
 
 
 def refuse_what_has_no_place(run: Run, *, num_gpus: int, num_cpus: int | None = None) -> None:

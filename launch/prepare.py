@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from actors.reward_function import RewardFunction, find_reward_function
 from launch import tasks
+from launch.budgets import refuse_small_budgets
 from launch.foresight import refuse_what_cannot_fit
 from launch.preflight import refuse_what_has_no_place
 from launch.trainable import check_trainable
@@ -79,6 +80,9 @@ def prepare(run: Run, folder: Path) -> Materials:
     prompts = files.read(lambda: _prompts(run.rl, run.model, tokenizer)) if run.rl else None
     heldout = files.read(lambda: _heldout(evaluation, run, tokenizer)) if evaluation else None
     files.raise_all()
+    stages = {"sft": sft, "reward_model": reward_model, "preference": preference}
+    units = {stage: [*rows.train, *rows.heldout] for stage, rows in stages.items() if rows is not None}
+    refuse_small_budgets(run, units, prompts.prompts if prompts else ())
     refuse_what_has_no_place(run, num_gpus=torch.cuda.device_count())
     return Materials(
         run=run,

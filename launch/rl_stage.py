@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 from launch.autoscaling import Autoscaling
-from launch.build import Crew, rl_roles
+from launch.build import Crew
 from launch.dump import dump
 from launch.engine_count import EngineCount
 from launch.graceful import StoppedAfterCheckpoint
@@ -29,6 +29,7 @@ from orchestrator.loop import train
 from orchestrator.metrics import rollout_metrics, throughput
 from orchestrator.mismatch import CAUSES, MISMATCH
 from orchestrator.numbers import NonFiniteError, Patience, was_skipped
+from orchestrator.placement import stage_roles
 from orchestrator.publish import Probe
 from orchestrator.roles import Metrics, Roles
 from orchestrator.shaping import RunningStats
@@ -51,7 +52,7 @@ async def run_rl(session: Session, models: dict[str, str]) -> StageResult:
 
 async def _run(session: Session, rl: RL, prompts: PromptSet, models: dict[str, str]) -> StageResult:
     run = session.run
-    crew = Crew(run, session.cluster, rl_roles(run))
+    crew = Crew(run, session.cluster, dict(stage_roles(run))["rl"])
     try:
         timeline = Timeline()
         roles = timed(await crew.rl(models), timeline)

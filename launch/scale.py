@@ -56,11 +56,7 @@ def forget_older(run: Run, folder: Path) -> None:
 def main(folder: Path, changes: Sequence[str]) -> int:
     """ValueError for a run that is not at work, roles that cannot change now, and impossible numbers."""
     engines = count(changes)
-    if not (folder / "config.yaml").exists():
-        raise ValueError(f"{folder} is no run_dir of a run; give its folder, or what it was started with")
-    run = load_run([folder / "config.yaml"], [])
-    _refuse_shared(run)
-    _refuse_outside(run, engines)
+    run = scalable(folder, engines)
     if not lock_is_held(folder):  # of run_folder.py
         raise ValueError(
             f"no run is at work in {folder}; start it with engine.replicas={engines}, or go on with --resume"
@@ -68,6 +64,16 @@ def main(folder: Path, changes: Sequence[str]) -> int:
     ask(run, folder, Wish(engines=engines, by=BY_COMMAND))
     print(f"{folder} was asked for {engines} engine(s); it says in its log when they serve or have left")  # noqa: T201 - the answer of the command
     return 0
+
+
+def scalable(folder: Path, engines: int) -> Run:
+    """The run of a run_dir. ValueError where its engines cannot become so many."""
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} is no run_dir of a run; give its folder, or what it was started with")
+    run = load_run([folder / "config.yaml"], [])
+    _refuse_shared(run)
+    _refuse_outside(run, engines)
+    return run
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:

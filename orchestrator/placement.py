@@ -6,8 +6,8 @@ share of a bundle. Every role has a group of its own unless ``placement.share`` 
 worker k of each lives in bundle k, and each takes an equal part of its GPU.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from orchestrator.config import Run
 
@@ -39,6 +39,23 @@ class Need:
     cpus: float  # per worker
     gpus: int  # per worker
     knobs: str
+
+
+def stage_roles(run: Run) -> Iterator[tuple[str, list[str]]]:
+    """(stage, roles that it starts together), in their order: [("sft", ["actor"]), ...]."""
+    if run.sft:
+        yield "sft", ["actor"]
+    if run.reward_model:
+        yield "reward_model", ["reward"]
+    if run.preference:
+        asks, before = run.preference.objective.needs_reference, run.preference.precompute_reference
+        if asks and before:
+            yield "preference", ["reference"]
+        yield "preference", ["actor", "reference"] if asks and not before else ["actor"]
+    if run.rl:
+        shared = run.placement.backbone == "shared"
+        scorers = [] if shared else ["reward", *sorted(run.rl.algorithm.roles())]
+        yield "rl", ["actor", "engine", *scorers]
 
 
 def needs(run: Run, roles: Sequence[str]) -> dict[str, Need]:
@@ -89,6 +106,25 @@ def layout(run: Run, roles: Sequence[str]) -> Layout:
             )
         groups.append(tuple(bundles))
     return Layout(groups=tuple(groups), seats=seats)
+
+
+def engines_apart(plan: Layout) -> Layout:
+    """The same bundles, each engine's in a group of its own, where no other role lives with them.
+
+    Bundles of one group that a host takes with it are placed again together or not at all. Engines need not
+    wait for one another: each comes back as soon as there is room for it.
+    """
+    first, *others = plan.seats.get("engine", (None,))
+    if first is None or any(
+        role != "engine" and seats[0].group == first.group for role, seats in plan.seats.items()
+    ):
+        return plan
+    groups, moved = list(plan.groups), [first]
+    for seat in others:
+        moved.append(replace(seat, group=len(groups), bundle=0))
+        groups.append((plan.groups[first.group][seat.bundle],))
+    groups[first.group] = plan.groups[first.group][:1]
+    return Layout(groups=tuple(groups), seats=plan.seats | {"engine": tuple(moved)})
 
 
 def shortage(run: Run, plan: Layout, nodes: Sequence[Mapping[str, float]]) -> str | None:

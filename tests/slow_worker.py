@@ -33,6 +33,9 @@ class Slow(VitalSigns):
             pass
         return os.getpid()
 
+    def eat(self, num_bytes: int) -> int:
+        return len(bytearray(num_bytes))
+
     def half_dead(self) -> None:
         raise ProcessGone("a child is gone")
 

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.balance import plan
 from orchestrator.configfile import load_run
 from orchestrator.ledger import Ledger, sample_seed
-from orchestrator.placement import layout, shortage
+from orchestrator.placement import Seat, engines_apart, layout, shortage
 from orchestrator.stream import RolloutStream
 from tests.fakes import prompt
 
@@ -149,6 +149,22 @@ def test_roles_that_share_take_equal_parts_of_one_gpu():
     assert [(seat.group, seat.bundle) for seat in actor] == [(seat.group, seat.bundle) for seat in reference]
     assert actor[0].resources["GPU"] == reference[0].resources["GPU"] == 0.5
     assert sum(bundle.get("GPU", 0) for group in plan_.groups for bundle in group) == 2 + 2 + 2 + 1
+
+
+def test_engines_that_live_alone_have_a_group_each():
+    """Ray places the bundles of one group that a host took with it together or not at all."""
+    run = ppo_run("engine.replicas=3", "roles.reward.workers=2", "placement.share=[[actor, critic]]")
+    together, apart = layout(run, ROLES), engines_apart(layout(run, ROLES))
+    one = {"CPU": 1.0}
+    assert together.groups == (({"CPU": 2.0},), (one, one), (one,), (one, one, one))
+    assert apart.groups == (({"CPU": 2.0},), (one, one), (one,), (one,), (one,), (one,))
+    assert apart.seats["engine"] == tuple(Seat(group=k, bundle=0, resources=one) for k in (3, 4, 5))
+    assert {role: apart.seats[role] for role in ROLES[:4]} == {
+        role: together.seats[role] for role in ROLES[:4]
+    }
+    beside = layout(ppo_run("engine.replicas=2", "placement.share=[[engine, actor]]"), ROLES)
+    assert engines_apart(beside) == beside
+    assert engines_apart(layout(run, ["actor"])) == layout(run, ["actor"])
 
 
 def test_a_shortage_says_what_was_asked_what_is_there_and_which_number_to_change():

@@ -79,8 +79,8 @@ def test_the_pipeline_trains_on_two_engines_and_a_resume_goes_on_where_it_ended(
 def test_filter_greedy_baseline_several_rewards_muon_and_average_work_together_and_resume(tmp_path):
     folder = tmp_path / "run"
     options = [
-        "train", "quickstart", "remax", f"run_dir={folder}", *SMALL, "reward_model=null",
-        "roles.actor.workers=1",
+        "train", "quickstart", "remax", f"run_dir={folder}", *SMALL,
+        "sft=null", "model.path=task", "reward_model=null", "roles.actor.workers=1",
         "roles.reward.functions={exact_match: {}, length: {function: 'tests.fakes:length', weight: -0.5}}",
         "placement.share=[[engine,actor,reference]]", "placement.take_turns=true",
         "rl.filter={max_draws: 2}", "rl.shaping={overlong_buffer: 2}",

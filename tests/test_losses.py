@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,11 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
 from ray.exceptions import ObjectLostError
 from ray.util.placement_group import placement_group
 
 from actors.all_ranks import all_ranks
-from actors.errors import RoleError, WorkerLost, broke_collective
+from actors.errors import RoleError, WorkerLost, broke_collective, remedy
 from actors.group import LearnerGroup, WorkerGroup
 from actors.object_store import ObjectStore
 from actors.remote_worker import RemoteWorker, _kill, spawn
@@ -53,8 +55,9 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # read when ray is imported, which another test has done
         ray.init(
-            num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=root
-        )
+            address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error",
+            runtime_env=root,
+        )  # fmt: skip
         yield
         ray.shutdown()
 
@@ -262,6 +265,28 @@ async def test_a_loss_after_the_kernel_took_memory_says_so_once(
         "micro_batch_tokens or kv_cache_mb, or take more memory"
     )
     assert incidents[0].detail.startswith("died; the kernel's OOM killer")
+
+
+async def test_a_worker_that_gets_no_more_memory_names_what_to_lower_and_lives(ward, bundle) -> None:
+    """FAULTS 30."""
+    group = await group_of(ward, bundle)
+    slow = group.workers[0]
+    limit = psutil.Process(slow.pid).memory_info().vms + 2**28
+    resource.prlimit(slow.pid, resource.RLIMIT_AS, (limit, limit))
+    named = r"slow rank 0 \(pid \d+ on .*\) failed in eat: MemoryError\(\); lower micro_batch_tokens or kv_"
+    with pytest.raises(RoleError, match=named) as error:
+        await slow.call(slow.handle.eat, 2**30)
+    assert not isinstance(error.value, WorkerLost)
+    assert await slow.call(slow.handle.wait, 0) == slow.pid
+    await group.close()
+
+
+def test_what_torch_says_when_there_is_no_memory_has_a_remedy_and_other_errors_have_none() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert remedy(error.value).startswith("; lower micro_batch_tokens")
+    assert remedy(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")) != ""
+    assert remedy(RuntimeError("shape mismatch")) == remedy(None) == ""
 
 
 def test_a_pulse_counts_work_and_stacks_name_the_function() -> None:

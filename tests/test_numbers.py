@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from actors.training_state import all_finite
 from launch.dump import MOST, dump
 from orchestrator.filters import GroupFilter
 from orchestrator.mismatch import mismatch_cause
@@ -92,6 +93,19 @@ def test_too_many_skipped_steps_end_the_run():
         assert patience.seen(bad, step) and not patience.seen(good, step)
     with pytest.raises(NonFiniteError, match=r"the 11\. in all .* 10 in all are allowed"):
         patience.seen(bad, 11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 1000])  # of a vector register and beside it
+def test_one_number_that_is_not_finite_is_found_wherever_it_lies(dtype, length):
+    largest = torch.full((length,), torch.finfo(dtype).max, dtype=dtype)
+    sound = [largest, torch.zeros(0), -largest.view(1, length)]
+    assert all_finite(sound) and all_finite([]) and all_finite([torch.zeros(0)])
+    for value in (math.nan, math.inf, -math.inf):
+        for place in {0, length // 2, length - 1}:
+            broken = torch.zeros(length, dtype=dtype)
+            broken[place] = value
+            assert not all_finite([*sound, broken])
 
 
 def test_a_batch_that_was_skipped_is_kept_with_its_numbers(tmp_path):

@@ -8,9 +8,9 @@ import pytest
 from actors.group import RewardGroup
 from actors.object_store import ObjectStore
 from launch import prepare
-from launch.build import rl_roles
 from launch.train import rl_models
 from orchestrator.config import Model
+from orchestrator.placement import stage_roles
 from orchestrator.rewards import RewardError
 from tests import tiny
 from tests.fakes import prompt, rollout
@@ -30,8 +30,11 @@ def test_the_critic_starts_from_the_reward_model_the_actor_or_a_folder_of_its_ow
 
 
 def test_a_role_that_is_not_needed_is_not_started():
-    assert rl_roles(load("rl.algorithm.name=grpo", "rl.algorithm.kl_coef=0")) == ["actor", "engine", "reward"]
-    assert "reference" in rl_roles(load("rl.algorithm.name=grpo", "rl.algorithm.kl_coef=0.1"))
+    def started(*overrides):
+        return dict(stage_roles(load(*overrides)))["rl"]
+
+    assert started("rl.algorithm={name: grpo, kl_coef: 0}") == ["actor", "engine", "reward"]
+    assert "reference" in started("rl.algorithm={name: grpo, kl_coef: 0.1}")
     models = rl_models(load("rl.algorithm={name: grpo, kl_coef: 0}", "roles.critic=null"), "base", None)
     assert "critic" not in models
 

@@ -3,9 +3,10 @@
 import asyncio
 import fcntl
 import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
-import ray
 from ray.util.placement_group import placement_group_table
 
 from actors.elastic_fleet import ElasticFleet
@@ -109,21 +110,25 @@ async def test_the_last_engine_stays() -> None:
 
 @pytest.mark.ray
 async def test_devices_that_are_not_granted_leave_no_request_behind(tmp_path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
+    """In a Ray of our own, though somebody has left word of another one on this machine."""
+    wanted = os.cpu_count() + 1
+    fields = (f"run_dir={tmp_path}", f"engine.cpus_per_worker={wanted}", "placement.timeout_s=1")
+    with TemporaryDirectory(prefix="q") as short, pytest.MonkeyPatch.context() as patch:  # paths of sockets
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
-    try:
-        cluster = Cluster(load(f"run_dir={tmp_path}", "engine.cpus_per_worker=2", "placement.timeout_s=1"))
-        with pytest.raises(PlacementError, match="wants 2 CPU; the cluster has 1"):
-            await cluster.one_more_engine()
-        asked = asyncio.create_task(cluster.one_more_engine())
-        await asyncio.sleep(0.5)
-        asked.cancel()  # the run is over
-        with pytest.raises(asyncio.CancelledError):
-            await asked
-        assert [group["state"] for group in placement_group_table().values()] == ["REMOVED", "REMOVED"]
-    finally:
-        ray.shutdown()
+        patch.setenv("RAY_TMPDIR", short)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        (Path(short) / "ray").mkdir()
+        (Path(short) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        with Cluster(load(*fields)) as cluster:
+            with pytest.raises(PlacementError, match=f"wants {wanted} CPU; the cluster has {wanted - 1}"):
+                await cluster.one_more_engine()
+            asked = asyncio.create_task(cluster.one_more_engine())
+            await asyncio.sleep(0.5)
+            asked.cancel()  # the run is over
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+            states = [group["state"] for group in placement_group_table().values()]
+            assert states == ["REMOVED", "REMOVED"]
 
 
 def run_in(folder, **fields) -> Run:

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -111,15 +110,40 @@ def test_a_failing_job_has_the_exit_code_of_the_training_process(cluster, tmp_pa
     assert "head healthy" in result.stderr or "allocated" in result.stderr
 
 
-def test_a_cancelled_job_leaves_no_process(cluster, tmp_path):
-    run = submitted(tmp_path, "gone", "rl.steps=400")
-    assert quartet(cluster, "submit", *run, "--at", "nodes=2").returncode == 0
-    log = tmp_path / ".quartet" / "gone-0" / "log"
-    until(lambda: log.exists() and "allocated" in log.read_text() and len(ray_processes(cluster)) > 3, 90)
-    time.sleep(2)
+def engines(folder: Path) -> dict[int, str]:
+    """Number -> node."""
+    lines = json.loads((folder / "roster.json").read_text())
+    return {line["rank"]: line["node"] for line in lines if line["role"] == "engine"}
+
+
+def test_a_run_scales_within_its_allocation_and_when_cancelled_leaves_no_process(cluster, tmp_path):
+    """Two engines of 0.9 CPUs fit the node that is for engines, three would fit what is free in all."""
+    small = [f"roles.{role}.cpus_per_worker=0.25" for role in ("actor", "critic", "reward", "reference")]
+    run = submitted(tmp_path, "gone", "rl.steps=4000", "engine.cpus_per_worker=0.9", *small)
+    two = ["--at", "nodes=2", "--at", "node_roles=[actor+critic+reward+reference, engine]"]
+    assert quartet(cluster, "submit", *run, *two).returncode == 0
+    folder, log = tmp_path / "run", tmp_path / ".quartet" / "gone-0" / "log"
+    until(lambda: steps(folder) >= 2 or "exit_code" in os.listdir(log.parent), 240)
+    there = cluster.network.names[1]
+    assert engines(folder) == {0: there}
+
+    refused = quartet(cluster, "scale", *run, "engine=4", *two)
+    assert refused.returncode == 2
+    assert "engine=4 is more than the allocation of gone-0 can hold" in refused.stderr
+    assert "wants 4.6 CPU; the cluster has 4" in refused.stderr
+    asked = quartet(cluster, "scale", *run, "engine=3", *two)
+    assert "gone-0 was asked for 3 engine(s)" in asked.stdout, asked.stdout + asked.stderr
+    until(lambda: "WARNING: 2 engine(s) and not 3" in log.read_text(), 120)
+    assert "finds no room in Slurm's allocation" in log.read_text()
+    assert engines(folder) == {0: there, 1: there}
+    assert quartet(cluster, "scale", *run, "engine=1", *two).returncode == 0
+    until(lambda: "1 engine(s), as quartet scale asked" in log.read_text(), 60)
+    assert engines(folder) == {0: there}
+
     cluster.run("scancel", (log.parent / "job").read_text())
     until(lambda: ray_processes(cluster) == [], 60)
-    assert "gone-0  stopped" in quartet(cluster, "status", *run).stdout
+    until(lambda: "gone-0  stopped" in quartet(cluster, "status", *run).stdout, 60)  # Slurm tidies up first
+    assert "gone-0 is stopped; only a run at work" in quartet(cluster, "scale", *run, "engine=2", *two).stderr
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.weights.checksum import COLUMNS, checksum
+from actors.weights.checksum import COLUMNS, _by_numpy, _by_torch, checksum
 from actors.weights.gloo import GlooSender, connect, join, receive, receive_version
 from actors.weights.wire import Address, Slot, TensorMeta, metas, plan
 
@@ -69,6 +69,12 @@ def test_the_checksum_is_a_known_number_wherever_the_tensor_lies_in_memory() -> 
     moved = torch.empty(400_002, dtype=torch.uint8)[2:].view(torch.uint8)
     moved.copy_(tensor.view(torch.uint8))
     assert checksum(tensor.view(torch.uint8)) == checksum(moved)
+
+
+@pytest.mark.parametrize("length", [0, 1, 8, 700, 8 * COLUMNS, 40 * COLUMNS + 5])
+def test_what_gpus_compute_is_what_cpus_compute(length: int) -> None:
+    data = (noise(length) * 1e3).to(torch.uint8)
+    assert int(_by_torch(data, 2**63 - 1)) == int(_by_numpy(data, 2**63 - 1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,11 +15,12 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-COLUMNS = 1 << 14  # 128 KiB a row: the temporary stays in a core's cache; 3 GB/s on one core
-_GPU_ROWS = 256  # 32 MiB: few launches
+COLUMNS = 1 << 14  # 128 KiB a row: the temporary stays in a core's cache
+_ROWS = 256  # at once: 32 MiB, so few launches on a GPU
 
 
 def checksum(tensor: Tensor) -> int:
@@ -38,31 +39,53 @@ def digest(tensor: Tensor) -> Tensor:
     """[] int64 on the tensor's device, computed without waiting for the device."""
     label = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
     start = int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "big", signed=True)
-    total = torch.full((), start, dtype=torch.int64, device=tensor.device)
-    weights = _weights(tensor.device)
-    for first_row, words in _rows(tensor.detach().contiguous().reshape(-1).view(torch.uint8)):
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return _by_numpy(data, start) if data.device.type == "cpu" else _by_torch(data, start)
+
+
+def _by_numpy(data: Tensor, total: int) -> Tensor:
+    """On CPUs: a third of PyTorch's time, a fifth for a small tensor."""
+    words, weights = _words(data).numpy(), _weights(data.device).numpy()
+    mixed = np.empty(min(len(words), COLUMNS), np.int64)
+    for row, first in enumerate(range(0, len(words), COLUMNS)):
+        x = words[first : first + COLUMNS]
+        out = mixed[: len(x)]
+        np.right_shift(x, 32, out=out)
+        out += x
+        total += (2 * row + 1) * int(np.dot(out, weights[: len(x)]))
+    return torch.tensor((total + (1 << 63)) % (1 << 64) - (1 << 63))
+
+
+def _by_torch(data: Tensor, start: int) -> Tensor:
+    total = torch.full((), start, dtype=torch.int64, device=data.device)
+    weights = _weights(data.device)
+    for first_row, words in _rows(data):
         mixed = (words >> 32).add_(words).mul_(weights[: words.shape[1]])
-        factors = torch.arange(first_row, first_row + len(words), device=tensor.device).mul_(2).add_(1)
+        factors = torch.arange(first_row, first_row + len(words), device=data.device).mul_(2).add_(1)
         total += mixed.sum(1).mul_(factors).sum()
     return total
 
 
 def _rows(data: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, [rows, COLUMNS] int64), the last one [1, less], padded with zero bytes to whole words."""
+    """(first row, [rows, COLUMNS] int64), the last one [1, less]."""
     row_bytes = COLUMNS * 8
     whole = data.numel() // row_bytes
-    step = 1 if data.device.type == "cpu" else _GPU_ROWS
-    for row in range(0, whole, step):
-        rows = data[row * row_bytes : min(row + step, whole) * row_bytes]
+    for row in range(0, whole, _ROWS):
+        rows = data[row * row_bytes : min(row + _ROWS, whole) * row_bytes]
         yield row, _words(rows).view(-1, COLUMNS)
     tail = data[whole * row_bytes :]
     if tail.numel():
-        yield whole, _words(torch.nn.functional.pad(tail, (0, -tail.numel() % 8))).view(1, -1)
+        yield whole, _words(tail).view(1, -1)
 
 
 def _words(data: Tensor) -> Tensor:
-    """A view as int64 wants an address divisible by 8; packed buffers start tensors anywhere."""
-    return (data.clone() if data.storage_offset() % 8 or data.data_ptr() % 8 else data).view(torch.int64)
+    """As int64, padded with zero bytes to whole words. A view wants an address divisible by 8; packed buffers
+    start tensors anywhere."""
+    if data.numel() % 8:
+        data = torch.nn.functional.pad(data, (0, -data.numel() % 8))
+    elif data.storage_offset() % 8 or data.data_ptr() % 8:
+        data = data.clone()
+    return data.view(torch.int64)
 
 
 @cache

@@ -3,13 +3,13 @@
 vLLM imports the module of ``worker_extension_cls`` in each worker before the model loads; importing this one
 registers the three transports. A tap stands between the transport and ``model.load_weights`` and takes the
 checksum of every tensor as it arrived. vLLM's own life cycle stays: layers are re-created on ``meta`` at the
-start, loaded one by one, and put back at the end.
+start, loaded one by one, and put back at the end; but see ``in_place.py`` for CPUs.
 """
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
@@ -32,6 +33,7 @@ from actors.engine_sampler import RolloutSampler
 from actors.vital_signs import die_with_parent
 from actors.weights import gloo
 from actors.weights.checksum import digest, resolve
+from actors.weights.in_place import InPlace, Place, places
 from actors.weights.served_adapter import serve_adapter
 from actors.weights.wire import ServedAdapter, TensorMeta, num_bytes, plan
 
@@ -61,10 +63,16 @@ class ReceiverUpdate(WeightTransferUpdateInfo):
     version: int
 
 
+class Loader(Protocol):
+    """vLLM's model, or ``InPlace``."""
+
+    def load_weights(self, pairs: Iterable[tuple[str, Tensor]], /) -> set[str] | None: ...
+
+
 class Tap:
     """Has the one method that transports call on a model, and remembers what went through."""
 
-    def __init__(self, model: torch.nn.Module, missing: set[str]) -> None:
+    def __init__(self, model: Loader, missing: set[str]) -> None:
         self._model, self.missing = model, missing
         self.digests: dict[str, Tensor] = {}
 
@@ -106,13 +114,20 @@ class TappedReceiver(WeightTransferEngine[ReceiverInit, ReceiverUpdate]):
         self.shutdown()
         self.address, self.joined = init_info, False
 
+    def places(self) -> Sequence[Place] | None:
+        """Where an update is written without taking the model apart."""
+        return None
+
     def start_weight_update(self) -> None:
         # vLLM's names (q, k and v are one), before the model goes to meta, where tied tensors come apart.
         self.missing = {name for name, _ in self.model.named_parameters()}
-        initialize_layerwise_reload(self.model)
+        found = self.places()
+        self.in_place = None if found is None else InPlace(found)
+        if self.in_place is None:
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ReceiverUpdate) -> None:
-        self._receive(Tap(self.model, self.missing), update_info.version)
+        self._receive(Tap(self.in_place or self.model, self.missing), update_info.version)
         if self.tap.missing:
             raise ValueError(
                 f"the sender left out {sorted(self.tap.missing)[:5]}: vLLM would keep their old values"
@@ -138,7 +153,8 @@ class TappedReceiver(WeightTransferEngine[ReceiverInit, ReceiverUpdate]):
             self.model = model
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        if self.in_place is None:
+            finalize_layerwise_reload(self.model, self.model_config)
         refresh_embeddings(self.model)
 
     def receipt(self) -> dict[str, Any]:
@@ -164,16 +180,20 @@ class TappedReceiver(WeightTransferEngine[ReceiverInit, ReceiverUpdate]):
 def refresh_embeddings(model: torch.nn.Module) -> None:
     """vLLM's CPU kernels keep a packed copy of ``lm_head`` made at load time, and with tied embeddings the
     layerwise reload does not refresh it: logits would stay those of the first weights, 2.5 nats off, without
-    an error."""
-    for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and isinstance(
-            module.quant_method, UnquantizedEmbeddingMethod
-        ):
+    an error. Where there is a head of its own, no other embedding is multiplied with."""
+    embeddings = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    heads = [module for module in embeddings if isinstance(module, ParallelLMHead)]
+    for module in heads or embeddings:
+        if isinstance(module.quant_method, UnquantizedEmbeddingMethod):
             module.quant_method.process_weights_after_loading(module)
 
 
 class GlooReceiver(TappedReceiver):
     _group: ProcessGroupGloo | None = None
+
+    def places(self) -> Sequence[Place] | None:
+        alone = self.parallel_config.world_size == 1
+        return places(self.model, self.address.tensors()) if alone else None
 
     def join(self) -> None:
         at = self.address

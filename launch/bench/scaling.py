@@ -3,8 +3,9 @@
     weak     every engine brings as many prompts: a step should stay as long as one engine's
     strong   the same prompts for more engines: a step should shrink as they do
 
-An engine answers a group after ``SERVICE.generate_s``, ``slots`` at once; the time that no worker works is by
-the workers' own clocks (``orchestrator/work.py``).
+An engine answers a group after ``SERVICE.generate_s``, ``slots`` at once; the time that no worker works, and
+the share of reward's and reference's work that lies beside generation, are by the workers' own clocks
+(``orchestrator/work.py``). The last round of slots has no generation left beside its scoring.
 """
 
 from __future__ import annotations
@@ -147,6 +148,10 @@ def measure() -> list[Figure]:
                 Figure(
                     name=f"scaling/{kind}/overhead/{num_engines}_engines", unit="of the step", better="lower",
                     samples=[step[names.OVERHEAD_FRACTION] for step in watch.steps[1:]],
+                ),
+                Figure(
+                    name=f"scaling/{kind}/scoring_hidden/{num_engines}_engines", unit="of the scoring",
+                    better="higher", samples=[step[names.SCORING_HIDDEN] for step in watch.steps[1:]],
                 ),
             ]  # fmt: skip
     return figures

@@ -5,23 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from orchestrator.config import Run
-from orchestrator.placement import layout, shortage
-
-
-def stages_roles(run: Run) -> list[list[str]]:
-    """The roles that live at the same time, stage by stage."""
-    stages = []
-    if run.sft:
-        stages.append(["actor"])
-    if run.reward_model:
-        stages.append(["reward"])
-    if run.rl:
-        stages.append(["actor", "engine", "reward", *sorted(run.rl.algorithm.roles())])
-    return stages
+from orchestrator.placement import layout, shortage, stage_roles
 
 
 def too_large(run: Run, nodes: Sequence[Mapping[str, float]]) -> list[str]:
     """One line per stage that the nodes cannot hold; ``nodes`` as Ray gives them, e.g. [{"CPU": 64, "GPU":
     8}]."""
-    whys = (shortage(run, layout(run, roles), nodes) for roles in stages_roles(run))
+    whys = (shortage(run, layout(run, roles), nodes) for _, roles in stage_roles(run))
     return [why for why in whys if why]

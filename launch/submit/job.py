@@ -140,7 +140,7 @@ class Target(Protocol):
 
 @runtime_checkable
 class Scales(Protocol):
-    """A target where the devices of a run grow with its engines."""
+    """A target that knows which devices a run's engines can have."""
 
     def scale(self, run: Run, id: str, engines: int) -> str:
         """Asks the attempt for so many; what was done."""

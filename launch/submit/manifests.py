@@ -13,11 +13,10 @@ from typing import Any
 import yaml
 
 from launch.environment import WORKER_ENV
-from launch.submit.capacity import stages_roles
 from launch.submit.job import Job, entrypoint, shell
 from launch.submit.kube_settings import CONFIG
 from orchestrator.config import Run
-from orchestrator.placement import Resources, layout
+from orchestrator.placement import Resources, layout, stage_roles
 
 Object = dict[str, Any]
 CONFIG_FOLDER, SHM = "/etc/quartet", "dshm"
@@ -159,7 +158,7 @@ def head(job: Job, settings: CONFIG) -> Object:
 def worker_groups(job: Job, settings: CONFIG) -> list[Object]:
     """One group per role, or per set of roles that share devices; the largest need of any stage counts."""
     groups: dict[tuple[str, ...], tuple[Resources, ...]] = {}
-    for roles in reversed(stages_roles(job.run)):
+    for _, roles in reversed([*stage_roles(job.run)]):
         plan = layout(job.run, roles)
         for index, bundles in enumerate(plan.groups):
             members = tuple(role for role, seats in plan.seats.items() if seats[0].group == index)

@@ -44,7 +44,8 @@ trap finish EXIT
 # TERM: `quartet stop`. USR1: the time limit is near. Both end with a checkpoint; only the second
 # queues the job again.
 requeue=
-trap '[ -z "$driver" ] || kill -TERM "$driver" 2>/dev/null || true; [ -n "$driver" ] || exit 143' TERM
+stopping=
+trap 'stopping=1; if [ -n "$driver" ]; then kill -TERM "$driver" 2>/dev/null || true; else exit 143; fi' TERM
 trap 'requeue=@REQUEUE@; [ -z "$driver" ] || kill -TERM "$driver" 2>/dev/null || true' USR1
 
 # One word per node: the labels of the roles that live there, or "-".
@@ -90,8 +91,9 @@ code=0
 wait "$driver" || code=$?
 # A signal ends `wait` before the driver ends.
 while kill -0 "$driver" 2>/dev/null; do code=0; wait "$driver" || code=$?; done
-# A lost node ends the driver before Slurm has noticed; the step of the workers ends with it.
-if ((code == 1 && ${#pids[@]} > 1)); then
+# A lost node ends the driver before Slurm has noticed; the step of the workers ends with it. So it does when
+# the job is cancelled, which is not to come back.
+if [ -z "$stopping" ] && ((code == 1 && ${#pids[@]} > 1)); then
     for _ in {1..60}; do
         kill -0 "${pids[1]}" 2>/dev/null || { echo "a node was lost"; requeue=@REQUEUE@; code=75; break; }
         sleep 0.5

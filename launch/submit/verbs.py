@@ -130,7 +130,7 @@ def stop(target: Target, run: Run, arguments: argparse.Namespace) -> int:
 
 
 def scale(target: Target, run: Run, arguments: argparse.Namespace) -> int:
-    """``arguments.changes``: ["engine=4"]. Where no device comes with an engine, the run_dir is enough."""
+    """``arguments.changes``: ["engine=4"]. Where the target has no say in devices, the run_dir is enough."""
     if not isinstance(target, Scales):
         return scaling.main(run.run_dir, arguments.changes)
     engines = scaling.count(arguments.changes)

@@ -95,6 +95,8 @@ class Run(Settings):
         if self.rl is not None:
             _check_rl(self, self.rl)
             _check_turns(self, self.rl)
+        if self.preference is not None and self.preference.objective.needs_reference:
+            _check_reference(self.roles, self.preference)
         check_adapters(self.model, self.roles, self.supervised, self.rl, self.engine)
         if self.rl is not None and self.placement.backbone == "shared":
             check_backbone(self.model, self.roles, self.supervised, self.rl)
@@ -162,6 +164,14 @@ def _check_turns(run: Run, rl: RL) -> None:
                 f"placement.take_turns with roles.{name}.optimizer.zero_stage=3: DeepSpeed moves the "
                 "optimizer states of ZeRO-3 only for its own FusedAdam; set zero_stage to 2"
             )
+
+
+def _check_reference(roles: RoleTable, preference: Preference) -> None:
+    if roles.reference is None:
+        raise ValueError(
+            f"roles.reference=null switches off what preference.objective.name={preference.objective.name} "
+            "is measured from; leave it out of the run, or take cpo, orpo or simpo"
+        )
 
 
 def _check_evaluate(run: Run, evaluate: Evaluate) -> None:

@@ -1,6 +1,7 @@
 """The driver is killed at random moments of one run and resumed; it must end as if it had been left alone.
 
     python -m tests.chaos.driver_kills FOLDER --moments 50
+    python -m tests.chaos.driver_kills FOLDER --moments 10 --seed 1     # a part; all share the run left alone
 
 Every other moment lies in the seconds after training began again, the rest anywhere from the start on. Prints
 how many steps each kill cost; fails unless batches, losses and weights are those of the run that was left
@@ -18,6 +19,7 @@ from tests.chaos.rig import Rig, rig
 from tests.chaos.test_quick import assert_same
 
 STEPS_PER_KILL = 3
+ALL_STEPS_S = 1800.0
 TRAINING_S, STARTING_S = 3.0, 20.0  # from which moments are drawn
 
 
@@ -51,14 +53,16 @@ def measure(folder: Path, *, moments: int, seed: int = 0) -> dict[str, Any]:
     chance = random.Random(seed)
     overrides = ("engine.replicas=1", f"rl.steps={STEPS_PER_KILL * moments}")
     kills: list[dict[str, float]] = []
-    with rig(folder / "golden", *overrides) as golden, rig(folder / "run", *overrides) as run:
-        golden.finish()
+    with rig(folder / "golden", *overrides) as golden, rig(folder / f"run-{seed}", *overrides) as run:
+        if not (golden.run / "model").exists():
+            golden.start()
+            assert golden.wait(ALL_STEPS_S) == 0, golden.log()
         run.start()
         while len(kills) < moments and run.process.poll() is None:
             kills.append(kill(run, chance))
             print(json.dumps(kills[-1]), flush=True)
             run.start("--resume")
-        assert run.wait(600) == 0, run.log()
+        assert run.wait(ALL_STEPS_S) == 0, run.log()
         run.check()
         assert_same(run, golden)
     lost = [one["steps_lost"] for one in kills]

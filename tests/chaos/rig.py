@@ -89,6 +89,8 @@ class Rig:
 
     def look(self) -> None:
         """Notes every process below the driver: Ray's, the workers, vLLM's."""
+        if self.process is None:
+            return
         with suppress(psutil.NoSuchProcess):
             self.seen.update(psutil.Process(self.process.pid).children(recursive=True))
 

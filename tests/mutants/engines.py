@@ -3,6 +3,7 @@
 from tests.mutants.record import Mutant
 
 LOOP, DATA, WEIGHTS = "tests/test_loop.py", "tests/test_data.py", "tests/test_weights.py"
+SCHEDULER = "tests/test_engine_scheduler.py"
 ENGINE, FLEET, WORKERS = "tests/test_engine.py", "tests/test_fleet.py", "tests/test_workers.py"
 TURNS = "tests/test_turns.py"
 SYNC = f"{ENGINE}::test_after_a_sync_engine_and_actor_are_one_model"
@@ -180,23 +181,23 @@ ENGINES = (
         name="a checksum does not see where a value lies",
         row="D8",
         file="actors/weights/checksum.py",
-        old="mixed = (words >> 32).add_(words).mul_(weights[: words.shape[1]])",
-        new="mixed = (words >> 32).add_(words)",
+        old="int(np.dot(out, weights[: len(x)]))",
+        new="int(out.sum())",
         tests=(f"{WEIGHTS}::test_values_and_their_places_both_count",),
     ),
     Mutant(
         name="a checksum does not see a sign",
         row="D8",
         file="actors/weights/checksum.py",
-        old="mixed = (words >> 32).add_(words).mul_(weights[: words.shape[1]])",
-        new="mixed = words.mul(weights[: words.shape[1]])",
+        old="        np.right_shift(x, 32, out=out)\n        out += x\n",
+        new="        out[:] = x\n",
         tests=(f"{WEIGHTS}::test_values_and_their_places_both_count",),
     ),
     Mutant(
         name="keys and values of the old weights stay cached",
         row="D8",
-        file="actors/engine.py",
-        old="if not await self._llm.reset_prefix_cache(reset_running_requests=True):",
+        file="actors/engine_scheduler.py",
+        old="if not super().reset_prefix_cache(*options):",
         new="if False:",
         tests=(f"{SYNC}[untied]",
                f"{ENGINE}::"
@@ -206,12 +207,18 @@ ENGINES = (
     Mutant(
         name="every token has the version that its response began with",
         row="D5",
-        file="actors/engine.py",
-        old="    if spans is None:\n",
-        new="    if True:\n",
-        tests=(f"{ENGINE}::"
-               "test_rollouts_in_flight_continue_under_the_new_weights_and_each_token_names_its_own",),
-        slow=True,
+        file="actors/engine_scheduler.py",
+        old="self.emptied += [emptied] * len(output.new_token_ids)",
+        new="self.emptied += [(self.emptied or [emptied])[0]] * len(output.new_token_ids)",
+        tests=(f"{SCHEDULER}::test_a_response_comes_whole_with_its_last_token_and_each_token_has_its_mark",),
+    ),
+    Mutant(
+        name="a response begins with the tokens of an aborted one of its name",
+        row="D5",
+        file="actors/engine_scheduler.py",
+        old="            self._held.pop(request.request_id, None)\n        return finished",
+        new="            pass\n        return finished",
+        tests=(f"{SCHEDULER}::test_of_an_aborted_request_nothing_stays_for_the_next_of_its_name",),
     ),
     Mutant(
         name="a prompt that is too long is kept",

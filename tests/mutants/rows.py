@@ -2,6 +2,7 @@
 
 from tests.mutants.engines import ENGINES
 from tests.mutants.losses import LOSSES
+from tests.mutants.recovery import RECOVERED
 from tests.mutants.resume import RESUME
 from tests.mutants.rewards import REWARDS
 from tests.mutants.tokens import TOKENS
@@ -45,4 +46,4 @@ ROWS = {
     "E5": "state that is not saved",
     "E6": "half a checkpoint",
 }
-MUTANTS = (*TOKENS, *REWARDS, *LOSSES, *TRAINING, *ENGINES, *RESUME)
+MUTANTS = (*TOKENS, *REWARDS, *LOSSES, *TRAINING, *ENGINES, *RESUME, *RECOVERED)

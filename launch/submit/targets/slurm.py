@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+from launch import scale as scaling
 from launch.graceful import CHECKPOINTED
 from launch.submit import capacity, sbatch
 from launch.submit.job import Job, Report, State, TargetSettings
@@ -22,6 +23,7 @@ from launch.submit.slurm_settings import CONFIG
 from launch.submit.targets.local import folder_of
 from launch.submit.working_dir import ROOT
 from orchestrator.config import Run
+from orchestrator.placement import Resources
 
 __all__ = ["CONFIG", "Target"]
 assert issubclass(CONFIG, TargetSettings)
@@ -64,11 +66,11 @@ class Target:
         short = [gres for _, gres in largest if gpus(gres) < self.settings.gpus_per_node]
         if short:
             return [f"gpus_per_node={self.settings.gpus_per_node}, but a node has {short[0]}; lower it"]
-        nodes = [
-            {"CPU": float(self.settings.cpus_per_node or cpus), "GPU": float(self.settings.gpus_per_node)}
-            for cpus, _ in largest
-        ]
-        return capacity.too_large(job.run, nodes)
+        return capacity.too_large(job.run, [self._node(cpus) for cpus, _ in largest])
+
+    def _node(self, cpus: float) -> Resources:
+        """What Ray counts of a node with so many CPUs."""
+        return {"CPU": self.settings.cpus_per_node or cpus, "GPU": self.settings.gpus_per_node}
 
     def submit(self, job: Job) -> None:
         folder = folder_of(job.run, job.id)
@@ -92,6 +94,23 @@ class Target:
         if log.exists():
             yield log.read_text(errors="replace")
 
+    def scale(self, run: Run, id: str, engines: int) -> str:
+        """The allocation stays as large as it is: more than it can hold is refused here; what is taken in it
+        now, only the run knows."""
+        at_work = scaling.scalable(run.run_dir, engines)
+        nodes = job_fields(folder_of(run, id))["NodeList"]
+        rows = slurm("sinfo", "-h", "-N", "-o", "%N|%c", "-n", nodes).splitlines()
+        cpus = dict(row.split("|") for row in rows)  # a node in two partitions has two rows
+        engine = at_work.engine.model_copy(update={"replicas": engines})
+        wanted = at_work.model_copy(update={"engine": engine})
+        if why := capacity.too_large(wanted, [self._node(float(count)) for count in cpus.values()]):
+            raise ValueError(f"engine={engines} is more than the allocation of {id} can hold:\n{why[0]}")
+        scaling.ask(at_work, run.run_dir, scaling.Wish(engines=engines, by=scaling.BY_COMMAND))
+        return (
+            f"{id} was asked for {engines} engine(s); its log says when they serve or have left, or how many "
+            "the allocation has room for"
+        )
+
     def stop(self, run: Run, id: str) -> None:
         folder = folder_of(run, id)
         number = (folder / "job").read_text()
@@ -109,8 +128,7 @@ class Target:
 
 def report(folder: Path) -> Report:
     """From Slurm while it knows the job, from the folder afterwards."""
-    shown = slurm("scontrol", "show", "job", "-o", (folder / "job").read_text(), check=False)
-    fields = dict(re.findall(r"(\w+)=(\S+)", shown))
+    fields = job_fields(folder)
     state, code = fields.get("JobState"), int(fields.get("ExitCode", "0:0").split(":")[0])
     if state in WAITING:
         return Report(id=folder.name, state=State.PENDING, message=fields.get("Reason", ""))
@@ -130,6 +148,13 @@ def report(folder: Path) -> Report:
     return Report(
         id=folder.name, state=State.STOPPED if stopped else State.FAILED, exit_code=exit_code, message=state
     )
+
+
+def job_fields(folder: Path) -> dict[str, str]:
+    """What Slurm says of the job: {"JobState": "RUNNING", "NodeList": "n[1-3]", ...}; nothing of one that it
+    has forgotten."""
+    shown = slurm("scontrol", "show", "job", "-o", (folder / "job").read_text(), check=False)
+    return dict(re.findall(r"(\w+)=(\S+)", shown))
 
 
 def gpus(gres: str) -> int:

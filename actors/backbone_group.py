@@ -9,19 +9,18 @@ Whoever of the two comes first waits for the other, at most its deadline.
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from ray.actor import ActorMethod
 from torch import Tensor
 
 from actors.errors import RoleError
-from actors.group import ActorGroup, LearnerGroup, ScorerGroup
+from actors.group import ActorGroup, LearnerGroup, ScorerGroup, by_row
 from actors.remote_worker import RemoteWorker
 from orchestrator.batch import Batch, Minibatch, Rollout, ScoredRollout
-from orchestrator.coalesce import Coalescer
-from orchestrator.collate import collate_examples
+from orchestrator.coalesce import Coalescer, portions
 from orchestrator.config import MODEL
-from orchestrator.examples import Unit
 from orchestrator.rewards import weigh
 from orchestrator.roles import Metrics
 
@@ -143,18 +142,14 @@ class BackboneReward(Guest):
         """Raises RewardError for a reward that is missing or not finite."""
         return weigh(rollouts, await self._rollouts.ask(rollouts), self._weights)
 
-    async def _judged(self, rollouts: list[Rollout]) -> list[dict[str, float | None]]:
+    async def _judged(self, groups: Sequence[Sequence[Rollout]]) -> list[list[dict[str, float | None]]]:
         """{name: reward} of each rollout."""
         found: dict[str, list[float]] = {}
+        rollouts = list(chain.from_iterable(groups))
         first = self.workers[0]
         if self._functions:
             found |= await first.call(first.handle.judge, rollouts)
         if MODEL in self._weights:
-            units = [Unit(rows=((r.tokens, r.action_mask),)) for r in rollouts]
-            examples = collate_examples(units, pad_id=0)
-            scores = await self._gather(examples, [worker.handle.score_rewards for worker in self.workers])
-            found[MODEL] = scores.tolist()
-        return [
-            {name: values[row] if row < len(values) else None for name, values in found.items()}
-            for row in range(len(rollouts))
-        ]
+            verbs = [worker.handle.score_rewards for worker in self.workers]
+            found[MODEL] = (await self._gather_apart(groups, verbs)).tolist()
+        return portions(by_row(found, len(rollouts)), groups)

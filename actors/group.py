@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +25,9 @@ from actors.errors import WorkerLost, disk_errors
 from actors.object_store import ObjectStore
 from actors.remote_worker import RemoteWorker
 from actors.weights.wire import Address, Channel
-from orchestrator.balance import plan
+from orchestrator.balance import plan, plan_apart
 from orchestrator.batch import Batch, Examples, Minibatch, Rollout, ScoredRollout
-from orchestrator.coalesce import Coalescer
+from orchestrator.coalesce import Coalescer, portions
 from orchestrator.collate import collate_examples
 from orchestrator.examples import Unit
 from orchestrator.rewards import weigh
@@ -128,7 +129,7 @@ class ScorerGroup(WorkerGroup):
         self, workers: Sequence[RemoteWorker], *, store: ObjectStore, token_budget: int, restarts: int = 0
     ) -> None:
         super().__init__(workers, store=store, token_budget=token_budget, restarts=restarts)
-        self._coming = Coalescer([self._score_rollouts])  # one call at a time: all ranks take part in each
+        self._coming = Coalescer([self._score_groups])  # one call at a time: all ranks take part in each
 
     async def score(self, batch: Batch | Examples) -> Tensor:
         """[B, T] float32, row for row."""
@@ -143,19 +144,42 @@ class ScorerGroup(WorkerGroup):
         return await self._gather(batch, [worker.handle.distributions for worker in self.workers])
 
     async def score_rollouts(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """[T] float32 each."""
+        """[T] float32 each, the same bits whoever else is scored meanwhile."""
         return await self._coming.ask(rollouts)
 
-    async def _score_rollouts(self, rollouts: list[Rollout]) -> list[Tensor]:
-        examples = collate_examples([Unit(rows=((r.tokens, r.action_mask),)) for r in rollouts], pad_id=0)
-        scores = await self._gather(examples, [self.scoring(worker) for worker in self.workers])
-        return [row[: len(rollout.tokens)].clone() for row, rollout in zip(scores, rollouts, strict=True)]
+    async def _score_groups(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Tensor]]:
+        scores = await self._gather_apart(groups, [self.scoring(worker) for worker in self.workers])
+        rows = chain.from_iterable(groups)
+        own = [row[: len(rollout.tokens)].clone() for row, rollout in zip(scores, rows, strict=True)]
+        return portions(own, groups)
+
+    async def _gather_apart(
+        self, groups: Sequence[Sequence[Rollout]], verbs: Sequence[ActorMethod]
+    ) -> Tensor:
+        """Every worker answers for some of the groups, each in micro-batches of its own: a row's company must
+        not depend on which groups happened to be finished, for it changes the last bits of its figures."""
+        rollouts = list(chain.from_iterable(groups))
+        records = collate_examples([Unit(rows=((r.tokens, r.action_mask),)) for r in rollouts], pad_id=0)
+        shares = plan_apart(
+            [len(r.tokens) for r in rollouts],
+            [len(group) for group in groups],
+            num_ranks=len(self.workers),
+            token_budget=self._token_budget,
+        )
+        return await self._answers(records, verbs, shares)
 
     async def _gather(self, records: Batch | Examples, verbs: Sequence[ActorMethod]) -> Tensor:
-        """Every worker answers for its share of the rows; the answers come back in the order of the rows."""
+        """Every worker answers for its share of the rows."""
         groups = records.groups if isinstance(records, Examples) else None  # what begins alike stays together
         units = [] if groups is None else groups.tolist()
-        shares = self._plan(records.attention_mask.sum(1).tolist(), units=units)
+        return await self._answers(
+            records, verbs, self._plan(records.attention_mask.sum(1).tolist(), units=units)
+        )
+
+    async def _answers(
+        self, records: Batch | Examples, verbs: Sequence[ActorMethod], shares: Sequence[Sequence[list[int]]]
+    ) -> Tensor:
+        """``shares``: micro-batches of each worker. The answers come back in the order of the rows."""
         ref = self._store.put(records)
         calls = zip(self.workers, verbs, shares, strict=True)
         answers = torch.cat(await all_ranks(self._ask(w, verb, ref, share) for w, verb, share in calls))
@@ -292,10 +316,21 @@ class RewardGroup(WorkerGroup):
         """Raises RewardError for a reward that is missing or not finite."""
         return weigh(rollouts, await self._coming.ask(rollouts), self._weights)
 
-    async def _judge(self, worker: RemoteWorker, rollouts: list[Rollout]) -> list[dict[str, float | None]]:
+    async def _judge(
+        self, worker: RemoteWorker, groups: Sequence[Sequence[Rollout]]
+    ) -> list[list[dict[str, float | None]]]:
         """{name: reward} of each rollout, None where a reward is missing."""
-        rewards = await self._ask(worker, worker.handle.score_rollouts, rollouts)
-        return [
-            {name: values[row] if row < len(values) else None for name, values in rewards.items()}
-            for row in range(len(rollouts))
-        ]
+        rewards = await self._ask(worker, worker.handle.score_groups, groups)
+        return portions(by_row(rewards, sum(map(len, groups))), groups)
+
+
+def by_row(rewards: Mapping[str, Sequence[float]], num_rows: int) -> list[dict[str, float | None]]:
+    """{name: a number per row} -> {name: number} of each row, None where a name has none for it.
+
+    >>> by_row({"a": [1.0], "b": [2.0, 3.0]}, 2)
+    [{'a': 1.0, 'b': 2.0}, {'a': None, 'b': 3.0}]
+    """
+    return [
+        {name: values[row] if row < len(values) else None for name, values in rewards.items()}
+        for row in range(num_rows)
+    ]

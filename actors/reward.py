@@ -2,7 +2,8 @@
 learner of such a model."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,7 @@ class Judge(Worker):
 
     role = "reward"
     collective = False
-    verbs: ClassVar[dict[str, Work]] = {"score_rollouts": Work.REWARD}
+    verbs: ClassVar[dict[str, Work]] = {"score_groups": Work.REWARD}
 
     def __init__(
         self,
@@ -54,11 +55,14 @@ class Judge(Worker):
         if self.model is not None:
             self.scorer.to("cpu" if level is Residency.ASLEEP else self.device)
 
-    def score_rollouts(self, rollouts: list[Rollout]) -> dict[str, list[float]]:
-        """By name, one reward per rollout, as it is: who gathers them refuses what is no finite number."""
+    def score_groups(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, list[float]]:
+        """By name, one reward per rollout, as it is: who gathers them refuses what is no finite number. The
+        model sees each group alone, so that its scores have the same bits whatever else was asked."""
+        rollouts = list(chain.from_iterable(groups))
         rewards = {name: judge_all(function, rollouts) for name, function in self._functions.items()}
         if self.model is not None:
-            rewards[MODEL] = self.score([list(rollout.tokens) for rollout in rollouts])
+            asked = ([list(rollout.tokens) for rollout in group] for group in groups)
+            rewards[MODEL] = [score for sequences in asked for score in self.score(sequences)]
         return rewards
 
     @torch.no_grad()

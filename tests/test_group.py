@@ -13,6 +13,7 @@ from actors.errors import WorkerLost
 from actors.fleet import EngineFleet
 from actors.group import ActorGroup, LearnerGroup, RewardGroup, ScorerGroup
 from orchestrator import roles
+from orchestrator.balance import plan_apart
 from orchestrator.batch import Examples
 from orchestrator.rewards import RewardError
 from tests.fakes import prompt, rollout
@@ -39,11 +40,11 @@ class Scorer:
 class Forgetful:
     """Rewards all rollouts but the last."""
 
-    handle = SimpleNamespace(score_rollouts=SimpleNamespace(_method_name="score_rollouts"))
+    handle = SimpleNamespace(score_groups=SimpleNamespace(_method_name="score_groups"))
     incarnation = 0
 
-    async def call(self, verb, rollouts):
-        return {"a": [1.0] * (len(rollouts) - 1)}
+    async def call(self, verb, groups):
+        return {"a": [1.0] * (sum(map(len, groups)) - 1)}
 
 
 class Mover:
@@ -81,6 +82,39 @@ def test_rows_that_are_compared_are_scored_together():
     group = ScorerGroup([Scorer()], store=HandOver(), token_budget=12)
     assert torch.equal(asyncio.run(group.score(records)), -tokens.float())
     assert group.workers[0].seen == [[0, 1], [2, 3]]
+
+
+def test_who_waits_with_a_group_does_not_change_its_company():
+    """A row's last bits depend on what shares its micro-batch; a run in which a worker was lost must end with
+    the weights of the run in which none was."""
+    groups = [
+        [rollout(prompt(n), k, response=(9,) * length) for k, length in enumerate(lengths)]
+        for n, lengths in enumerate([(1, 2), (3, 5, 5), (5, 3)])
+    ]
+
+    async def scored(*asked):
+        worker = Scorer()
+        group = ScorerGroup([worker], store=HandOver(), token_budget=14)
+        answers = await asyncio.gather(*(group.score_rollouts(own) for own in asked))
+        uids = [one.uid for own in asked for one in own]
+        return answers, {frozenset(uids[row] for row in rows) for rows in worker.seen}
+
+    answers, company = asyncio.run(scored(*groups))
+    assert company == set.union(*(asyncio.run(scored(own))[1] for own in groups))
+    assert len(company) == 4  # the second group is over the budget; all in one heap would be three
+    for rows, group in zip(answers, groups, strict=True):
+        assert [row.tolist() for row in rows] == [[-float(t) for t in one.tokens] for one in group]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_groups_are_dealt_whole_micro_batches_each_of_one_group(num_ranks):
+    lengths, sizes = [2, 6, 2, 6, 2, 9], [2, 3, 1]
+    shares = plan_apart(lengths, sizes, num_ranks=num_ranks, token_budget=12)
+    assert len({len(share) for share in shares}) == 1 and len(shares) == num_ranks
+    parts = [rows for share in shares for rows in share if rows]
+    assert sorted(parts) == [[0, 1], [2, 4], [3], [5]]
+    with pytest.raises(ValueError, match="of 9 tokens do not fit micro_batch_tokens=8"):
+        plan_apart(lengths, sizes, num_ranks=num_ranks, token_budget=8)
 
 
 def test_a_rank_that_is_lost_is_on_no_device_and_does_not_keep_the_others_from_moving():

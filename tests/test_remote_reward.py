@@ -160,7 +160,7 @@ def test_a_url_is_a_reward_like_a_function():
     with service(lengths) as url:
         worker = Judge(model=None, functions={"far": url}, micro_batch_tokens=1)
         worker.start()
-        assert worker.score_rollouts([rollout(prompt())]) == {
+        assert worker.score_groups([[rollout(prompt())]]) == {
             "far": [find_reward_function(url)("b", "a", "b")]
         }
 

@@ -97,4 +97,4 @@ def test_a_function_sees_no_secret(monkeypatch):
 def test_the_judge_asks_the_child():
     worker = Judge(model=None, functions={"good": "tests.nasty_rewards:good"}, micro_batch_tokens=1)
     worker.start()
-    assert worker.score_rollouts(TWO) == {"good": [0.5, 0.5]}
+    assert worker.score_groups([TWO]) == {"good": [0.5, 0.5]}

@@ -54,13 +54,14 @@ def test_distributions_too_large_for_the_driver_are_refused_with_the_number(tmp_
 class Worker:
     """Answers for each rollout the number of its sample, and for sample 9 nothing."""
 
-    handle = SimpleNamespace(score_rollouts=SimpleNamespace(_method_name="score_rollouts"))
+    handle = SimpleNamespace(score_groups=SimpleNamespace(_method_name="score_groups"))
     incarnation = 0
 
     def __init__(self):
         self.calls = []
 
-    async def call(self, verb, rollouts):
+    async def call(self, verb, groups):
+        rollouts = [rollout for group in groups for rollout in group]
         self.calls.append(len(rollouts))
         await asyncio.sleep(0.001)
         numbers = [int(r.uid.rsplit("/")[-1]) for r in rollouts]

@@ -289,19 +289,38 @@ def test_model_and_functions_judge_one_rollout_together(model: Model) -> None:
     functions = {"right": "exact_match", "letters": "letter_fraction"}
     judge = ready(Judge(model=model, functions=functions, micro_batch_tokens=64))
     said = [replace(rollout(prompt(), 0), text="b"), replace(rollout(prompt(), 1, response=(7,)), text="b2")]
-    rewards = judge.score_rollouts(said)
+    rewards = judge.score_groups([said])
     assert rewards["right"] == [1.0, 0.0] and rewards["letters"] == [1.0, 0.5]
     theirs = AutoModelForSequenceClassification.from_pretrained(model.path, num_labels=1, pad_token_id=0)
     theirs.score.weight.data.copy_(judge.scorer.model.score.weight)
     by_hand = [theirs(input_ids=torch.tensor([r.tokens])).logits.item() for r in said]
     assert rewards["model"] == pytest.approx(by_hand, abs=1e-5)
     empty = replace(said[0], tokens=())
-    assert math.isnan(judge.score_rollouts([empty])["model"][0])  # refused where rewards are weighed
+    assert math.isnan(judge.score_groups([[empty]])["model"][0])  # refused where rewards are weighed
+
+
+def test_groups_that_are_judged_in_one_call_share_no_micro_batch(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them are finished at once is chance, and the last bits of a score depend on its company."""
+    judge = ready(Judge(model=model, functions={}, micro_batch_tokens=64))
+    groups = [[rollout(prompt(n), k, response=(9,) * (n + k + 1)) for k in range(2)] for n in range(2)]
+    company: list[tuple[int, ...]] = []
+    scorer = judge.scorer
+
+    def forward(tokens: Tensor, mask: Tensor) -> Tensor:
+        company.append(tuple(mask.sum(1).tolist()))
+        return scorer(tokens, mask)
+
+    monkeypatch.setattr(judge, "scorer", forward)
+    together = judge.score_groups(groups)["model"]
+    assert company == [(4, 3), (5, 4)]
+    assert together == [score for group in groups for score in judge.score_groups([group])["model"]]
 
 
 def test_functions_judge_without_a_model() -> None:
     judge = ready(Judge(model=None, functions={"right": "exact_match"}, micro_batch_tokens=64))
-    assert judge.score_rollouts([rollout(prompt())]) == {"right": [1.0]}
+    assert judge.score_groups([[rollout(prompt())]]) == {"right": [1.0]}
 
 
 def test_actor_and_reference_give_the_whole_distribution(model: Model) -> None:

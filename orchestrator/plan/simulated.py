@@ -77,7 +77,7 @@ def _lengths(records: Tensor) -> tuple[list[int], list[int]]:
 class SimulatedScorer(_Alive):
     def __init__(self, seats: Seats, service: Service) -> None:
         self.seats, self.service = seats, service
-        self._coming = Coalescer([self._score_rollouts])
+        self._coming = Coalescer([self._score_groups])
 
     async def score(self, batch: Batch) -> Tensor:
         await self._forward(batch.tokens)
@@ -88,11 +88,11 @@ class SimulatedScorer(_Alive):
         return torch.zeros(*batch.tokens.shape, int(batch.tokens.max()) + 1)
 
     async def score_rollouts(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        return list(await self._coming.ask(rollouts))
+        return await self._coming.ask(rollouts)
 
-    async def _score_rollouts(self, rollouts: list[Rollout]) -> list[Tensor]:
-        await self._forward(torch.tensor([rollout.tokens for rollout in rollouts]))
-        return [torch.zeros(2) for _ in rollouts]
+    async def _score_groups(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Tensor]]:
+        await self._forward(torch.tensor([rollout.tokens for group in groups for rollout in group]))
+        return [[torch.zeros(2) for _ in group] for group in groups]
 
     async def _forward(self, tokens: Tensor) -> None:
         await self.seats.work(self.service.forward(*_lengths(tokens)), "score")
@@ -150,12 +150,14 @@ class SimulatedReward(_Alive):
         self.service, self._seed = service, seed
         self._coming = Coalescer([self._server(seats) for seats in workers])
 
-    def _server(self, seats: Seats) -> Callable[[list[Rollout]], Awaitable[Sequence[ScoredRollout]]]:
-        async def answer(rollouts: list[Rollout]) -> list[ScoredRollout]:
+    def _server(
+        self, seats: Seats
+    ) -> Callable[[list[Sequence[Rollout]]], Awaitable[Sequence[list[ScoredRollout]]]]:
+        async def answer(groups: list[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
             if self.service is not None:
-                lengths, responses = _lengths(torch.tensor([rollout.tokens for rollout in rollouts]))
-                await seats.work(self.service.forward(lengths, responses), "reward")
-            return [ScoredRollout(rollout=r, reward=self._judged(r)) for r in rollouts]
+                tokens = torch.tensor([rollout.tokens for group in groups for rollout in group])
+                await seats.work(self.service.forward(*_lengths(tokens)), "reward")
+            return [[ScoredRollout(rollout=r, reward=self._judged(r)) for r in group] for group in groups]
 
         return answer
 
@@ -164,7 +166,7 @@ class SimulatedReward(_Alive):
         return float(sample_seed(self._seed, rollout.uid) % 2)
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        return list(await self._coming.ask(rollouts))
+        return await self._coming.ask(rollouts)
 
 
 @dataclass(slots=True)

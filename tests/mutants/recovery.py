@@ -129,4 +129,18 @@ RECOVERED = (
         new="            pass\n",
         tests=(f"{SECRETS}::test_what_is_logged_holds_no_secret_tracebacks_included",),
     ),
+    Mutant(
+        name="what is finished at once shares micro-batches",
+        file="actors/group.py",
+        old="            [len(group) for group in groups],\n",
+        new="            [len(rollouts)],\n",
+        tests=("tests/test_group.py::test_who_waits_with_a_group_does_not_change_its_company",),
+    ),
+    Mutant(
+        name="what is judged at once shares micro-batches",
+        file="actors/reward.py",
+        old="for group in groups)\n            rewards[MODEL]",
+        new="for group in [rollouts])\n            rewards[MODEL]",
+        tests=("tests/test_workers.py::test_groups_that_are_judged_in_one_call_share_no_micro_batch",),
+    ),
 )  # fmt: skip

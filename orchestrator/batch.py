@@ -19,9 +19,10 @@ Example, "2+3=5" with the five sampled and an end-of-sequence token 9, one token
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,9 +74,18 @@ class ScoredRollout:
 
 
 class _Columns:
-    """Checks at construction that every tensor of a record has the shape [B, T] or [B] of its tokens."""
+    """Checks at construction that every tensor of a record has the shape [B, T] or [B] of its tokens.
+
+    Tensors are pickled as NumPy's arrays: Ray maps those into every worker without a copy, and a tensor
+    itself takes 0.3 ms on either side. So a record that has travelled can be read only.
+    """
 
     __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {column.name: getattr(self, column.name) for column in fields(self)}  # type: ignore[arg-type]
+        arrays = {name: value.numpy() for name, value in values.items() if hasattr(value, "numpy")}
+        return _restored, (type(self), arrays, {n: v for n, v in values.items() if n not in arrays})
 
     def __post_init__(self) -> None:
         B, T = self.tokens.shape  # type: ignore[attr-defined]
@@ -86,6 +96,14 @@ class _Columns:
                     f"{type(self).__name__}.{column.name} has shape {tuple(shape)}; "
                     f"expected ({B}, {T}) or ({B},)"
                 )
+
+
+def _restored(record: type, arrays: dict[str, Any], others: dict[str, Any]) -> Any:
+    import torch  # noqa: PLC0415 - see the docstring of this module
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arrays that cannot be written: nobody writes into a record
+        return record(**{name: torch.from_numpy(array) for name, array in arrays.items()}, **others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.batch import Prompt, ScoredRollout
+from orchestrator.coalesce import portions
 from orchestrator.config import RL
 from orchestrator.metrics import mean_metrics
 from orchestrator.roles import Metrics, Roles, Sampling
@@ -18,6 +19,7 @@ from orchestrator.scoring import score_early
 from orchestrator.stream import RolloutStream
 
 Group = list[ScoredRollout]
+SMALL = 256  # response tokens, at most: of these, most of a forward pass is not arithmetic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,27 +31,44 @@ class Drawn:
     metrics: Metrics
 
 
-async def sample(prompt: Prompt, rl: RL, roles: Roles) -> Group:
-    """One group with its rewards, the scores that can be had already and, for algorithms that want one, the
-    reward of a greedy response."""
+def prompts_at_once(rl: RL) -> int:
+    """How many prompts that follow one another are sampled as one: their groups are rewarded and scored
+    together, when the last is there. 1, unless groups are so small that a forward pass for each would cost
+    more than it hides; then a number that divides the step's.
+
+    Never those that happen to be there: a row's last bits depend on what is computed beside it.
+    """
+    if rl.filter is not None:  # which prompts a step draws is not known before
+        return 1
+    most = SMALL // (rl.samples_per_prompt * rl.sampling.max_new_tokens)
+    return max(n for n in range(1, max(most, 1) + 1) if rl.prompts_per_step % n == 0)
+
+
+async def sample(prompts: Sequence[Prompt], rl: RL, roles: Roles) -> list[Group]:
+    """The group of each prompt with its rewards, the scores that can be had already and, for algorithms that
+    want one, the reward of a greedy response."""
     sampling = Sampling(**rl.sampling.model_dump())
-    asked = [roles.engine.generate(prompt, rl.samples_per_prompt, sampling)]
+    asked = [roles.engine.generate(prompt, rl.samples_per_prompt, sampling) for prompt in prompts]
     if rl.algorithm.greedy_baseline:
-        beside = replace(prompt, uid=f"{prompt.uid}/greedy")  # a uid of its own: it is sample 0 of nothing
-        asked.append(roles.engine.generate(beside, 1, replace(sampling, temperature=0.0, top_p=1.0)))
+        mode = replace(sampling, temperature=0.0, top_p=1.0)
+        beside = [replace(prompt, uid=f"{prompt.uid}/greedy") for prompt in prompts]  # sample 0 of nothing
+        asked += [roles.engine.generate(prompt, 1, mode) for prompt in beside]
     answers = await asyncio.gather(*asked)
+    rollouts = [rollout for answer in answers[: len(prompts)] for rollout in answer]
+    greedy = [rollout for answer in answers[len(prompts) :] for rollout in answer]
     rewarded, early = await asyncio.gather(
-        roles.reward.score([rollout for answer in answers for rollout in answer]),
-        score_early(answers[0], rl, roles),
+        roles.reward.score([*rollouts, *greedy]), score_early(rollouts, rl, roles)
     )
-    samples, greedy = rewarded[: len(early)], rewarded[len(early) :]
-    baseline = greedy[0].reward if greedy else None
-    return [
-        replace(one, scores=scores, baseline=baseline) for one, scores in zip(samples, early, strict=True)
+    scored = [
+        replace(one, scores=scores) for one, scores in zip(rewarded[: len(rollouts)], early, strict=True)
     ]
+    groups = portions(scored, answers[: len(prompts)])
+    for group, best in zip(groups, rewarded[len(rollouts) :], strict=False):  # none without a baseline
+        group[:] = [replace(one, baseline=best.reward) for one in group]
+    return groups
 
 
-async def draw(stream: RolloutStream[Prompt, Group], rl: RL) -> Drawn:
+async def draw(stream: RolloutStream[Sequence[Prompt], list[Group]], rl: RL) -> Drawn:
     """The next ``prompts_per_step`` groups, those without signal replaced as long as the filter's draws last.
 
     Slots of replaced groups are free again; those of the groups returned are the caller's to release.
@@ -59,15 +78,16 @@ async def draw(stream: RolloutStream[Prompt, Group], rl: RL) -> Drawn:
     left = 0 if rl.filter is None else (rl.filter.max_draws - 1) * rl.prompts_per_step
     dropped = 0
     while len(groups) < rl.prompts_per_step:
-        group = (await stream.take(1))[0]
-        prompts.append(group[0].rollout.prompt)
-        if rl.filter is not None and not rl.filter.keeps([one.reward for one in group]):
-            dropped += 1
-            if left:
-                left -= 1
-                stream.release(1)
-                continue
-        groups.append(group)
+        (taken,) = await stream.take(1)
+        for group in taken:
+            prompts.append(group[0].rollout.prompt)
+            if rl.filter is not None and not rl.filter.keeps([one.reward for one in group]):
+                dropped += 1
+                if left:
+                    left -= 1
+                    stream.release(1)
+                    continue
+            groups.append(group)
     return Drawn(groups=groups, prompts=prompts, metrics=_figures(groups, rl, len(prompts), dropped))
 
 

@@ -54,11 +54,16 @@ class Ledger:
         self._history: list[Settled] = []
         self._finished: dict[str, Group] = {}  # by the uid of the prompt
 
-    async def once(self, prompt: Prompt, sample: Callable[[], Awaitable[Group]]) -> Group:
-        """The prompt's group: the one that is finished, or the answer of ``sample``, finished from now on."""
-        if prompt.uid not in self._finished:
-            self._finished[prompt.uid] = await sample()
-        return self._finished[prompt.uid]
+    async def once(
+        self, prompts: Sequence[Prompt], sample: Callable[[Sequence[Prompt]], Awaitable[Sequence[Group]]]
+    ) -> list[Group]:
+        """The group of each prompt: the one that is finished, or what ``sample`` answers of those that are
+        not, finished from now on."""
+        unfinished = [prompt for prompt in prompts if prompt.uid not in self._finished]
+        if unfinished:
+            for prompt, group in zip(unfinished, await sample(unfinished), strict=True):
+                self._finished[prompt.uid] = group
+        return [self._finished[prompt.uid] for prompt in prompts]
 
     def prompts(self) -> Iterator[Prompt]:
         """From the first unsettled prompt on; never ends."""

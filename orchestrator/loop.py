@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
 from orchestrator.batch import Batch, Experience, Prompt, ScoredRollout
 from orchestrator.collate import collate, collate_scores
 from orchestrator.config import RL
-from orchestrator.drawing import draw, sample
+from orchestrator.drawing import Group, draw, prompts_at_once, sample
 from orchestrator.driver_state import DriverState
 from orchestrator.ledger import Ledger
 from orchestrator.metrics import KL_COEF, ROLLOUT_LOGPROB_DIFF_MEAN, mean_metrics, staleness_shares
@@ -59,14 +60,17 @@ async def train(  # noqa: PLR0913 - a run, by name
 ) -> None:
     """Runs the steps ``start.step + 1`` to ``rl.steps``; the learners hold the weights of ``start``."""
     state = start
-    proof = await publish(roles, state.step, probe)
+    published = await publish(roles, state.step, probe)
     await observer.started(state.step)
 
-    async def sampled(prompt: Prompt) -> list[ScoredRollout]:
-        return await ledger.once(prompt, lambda: sample(prompt, rl, roles))
+    async def sampled(prompts: Sequence[Prompt]) -> list[Group]:
+        return await ledger.once(prompts, lambda unfinished: sample(unfinished, rl, roles))
 
-    slots = (rl.staleness + 1) * rl.prompts_per_step
-    async with RolloutStream(ledger.prompts(), sampled, slots=slots) as stream:
+    at_once = prompts_at_once(rl)
+    order = ledger.prompts()
+    prompts: Iterator[Sequence[Prompt]] = ([next(order) for _ in range(at_once)] for _ in count())
+    slots = (rl.staleness + 1) * rl.prompts_per_step // at_once
+    async with RolloutStream(prompts, sampled, slots=slots) as stream:
         while state.step < rl.steps:
             drawn = await draw(stream, rl)
             scored = [sample for group in drawn.groups for sample in group]
@@ -83,10 +87,11 @@ async def train(  # noqa: PLR0913 - a run, by name
                 experience, judged = rl.algorithm.experience(
                     replace(batch, rewards=rewards), scores, state.kl_coef
                 )
+                await published.read
                 learned = await learn(roles, experience, rl, step=step, seed=seed + step)
                 learned |= {**shaped, **judged}
-            synced = await proof
-            proof = await publish(roles, step, probe)
+            synced = await published.proof
+            published = await publish(roles, step, probe)
 
             ages = staleness_shares(batch, state.step, rl.staleness)
             metrics = {**drawn.metrics, **ages, **learned, **mismatch, **synced}
@@ -95,8 +100,8 @@ async def train(  # noqa: PLR0913 - a run, by name
             state = DriverState(step=step, kl_coef=next_kl_coef(rl, state, metrics, batch), rewards=stats)
             ledger.settle(drawn.prompts, step)
             await observer.stepped(state, drawn.groups, batch, metrics)
-            stream.release(len(drawn.groups))
-    await proof
+            stream.release(len(drawn.groups) // at_once)
+    await published.proof
 
 
 async def learn(roles: Roles, experience: Experience, rl: RL, *, step: int, seed: int) -> Metrics:

@@ -1,15 +1,15 @@
 """Keeps the engine busy without letting rollouts grow older than the run allows.
 
-    feeder      takes prompts from the ledger; waits for a free slot; starts one sampler per prompt
-    sampler     one per prompt: engine -> reward; its answer waits in the queue, in ledger order
+    feeder      takes prompts from the ledger; waits for a free slot; starts a sampler
+    sampler     one per slot: engine -> reward; its answer waits in the queue, in ledger order
     take()      the driver; waits for the oldest samplers
     release()   the driver, after a publish, or at once for a group it will not train on; frees the slots that
                 the feeder waits for
 
-A prompt holds one slot from the moment it is sampled until the step that trained on it has been published, or
-until its group was dropped.
-With ``(staleness + 1) * prompts_per_step`` slots no group is ever more than ``staleness`` updates old, and
-``staleness = 0`` is exactly the synchronous algorithm. Groups leave in ledger order, not in order of
+What the feeder takes at once, a prompt or a few, holds one slot from the moment it is sampled until the step
+that trained on it has been published, or until its group was dropped.
+With slots for ``(staleness + 1) * prompts_per_step`` prompts no group is ever more than ``staleness`` updates
+old, and ``staleness = 0`` is exactly the synchronous algorithm. Groups leave in ledger order, not in order of
 completion: short answers get no head start into the batch.
 """
 
@@ -55,6 +55,6 @@ class RolloutStream(Generic[P, G]):
         return [await (await self._in_order.get()) for _ in range(count)]
 
     def release(self, count: int) -> None:
-        """``count`` prompts have been trained on and published, or dropped."""
+        """What held ``count`` slots has been trained on and published, or dropped."""
         for _ in range(count):
             self._slots.release()

@@ -1,10 +1,11 @@
 """Rollouts and units become records: every number stays beside its token, every row beside its prompt."""
 
+import pickle
 from dataclasses import replace
 
 import torch
 
-from orchestrator.batch import Prompt, Rollout, ScoredRollout, StopReason
+from orchestrator.batch import Examples, Prompt, Rollout, ScoredRollout, StopReason
 from orchestrator.collate import collate, collate_examples, collate_scores
 from orchestrator.examples import Unit
 from tests.fakes import prompt, rollout
@@ -56,3 +57,22 @@ def test_an_end_of_sequence_that_is_also_the_padding_is_attended_to_and_trained(
         assert records.tokens[0].tolist() == [EOS, 2, 5, EOS, EOS]
         assert records.attention_mask[0].tolist() == [True] * 4 + [False]
         assert records.action_mask[0].tolist() == [False, False, True, True, False]
+
+
+def test_a_record_travels_without_a_copy_and_comes_back_as_it_was():
+    """Its arrays are handed over beside the pickle; the record that is read is made of the same memory."""
+    record = Examples(
+        tokens=torch.arange(12).view(3, 4),
+        attention_mask=torch.ones(3, 4, dtype=torch.bool),
+        action_mask=torch.zeros(3, 4, dtype=torch.bool),
+        targets=torch.tensor([0.5, 1.0, 0.0]),
+        kl=0.25,
+    )
+    beside: list[pickle.PickleBuffer] = []
+    data = pickle.dumps(record, protocol=5, buffer_callback=beside.append)
+    again = pickle.loads(data, buffers=beside)
+    assert len(beside) == 4 and again.kl == 0.25 and again.positions is None
+    for name in ("tokens", "attention_mask", "action_mask", "targets"):
+        mine, theirs = getattr(record, name), getattr(again, name)
+        assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
+        assert mine.data_ptr() == theirs.data_ptr()

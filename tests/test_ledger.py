@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from itertools import islice
 
 import pytest
 import torch
@@ -100,19 +101,23 @@ async def test_groups_that_are_finished_survive_a_checkpoint_to_the_bit_and_are_
         for k in range(2)
     ]
 
-    async def sample():
-        return group
+    async def sample(prompts):
+        assert prompts == [first]
+        return [group]
 
-    await ledger.once(first, sample)
+    await ledger.once([first], sample)
     again = Ledger([prompt(row) for row in range(7)], seed=3)
     again.restore(json.loads(json.dumps(ledger.state())))
 
-    async def never():
-        raise AssertionError("it was finished")
+    async def the_other(prompts):
+        assert [one.uid for one in prompts] == [second.uid]  # the first is finished
+        return [[]]
 
-    found = await again.once(first, never)
+    _, second = islice(again.prompts(), 2)
+    found, drawn = await again.once([first, second], the_other)
+    assert drawn == []
     assert [one.rollout for one in found] == [one.rollout for one in group]
     assert [one.reward for one in found] == [0.1, 1.1] and found[0].parts == {"a": 1 / 3}
     assert torch.equal(found[0].scores["reference"], scores["reference"])
-    again.settle([first], 1)
+    again.settle([first, second], 1)
     assert "finished" not in again.state()

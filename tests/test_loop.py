@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.algorithms.grpo import GRPO
 from orchestrator.config import RL
+from orchestrator.drawing import prompts_at_once
 from orchestrator.driver_state import DriverState
 from orchestrator.filters import GroupFilter
 from orchestrator.ledger import Ledger
@@ -63,6 +64,55 @@ def run(rl: RL, roles: Roles, *, start: DriverState | None = None):
 def fake_roles(**changes) -> Roles:
     fakes = {"critic": FakeLearner(), "reference": FakeLearner(), "reward": FakeReward()}
     return Roles(**({"actor": FakeLearner(), "engine": FakeEngine()} | fakes | changes))
+
+
+@pytest.mark.parametrize(
+    ("per_step", "samples", "tokens", "filtered", "at_once"),
+    [
+        (64, 4, 5, False, 8),
+        (9, 4, 20, False, 3),
+        (6, 1, 1, False, 6),
+        (4, 2, 200, False, 1),
+        (64, 4, 5, True, 1),
+    ],
+)
+def test_groups_of_few_tokens_are_sampled_together(per_step, samples, tokens, filtered, at_once):
+    """Of 256 response tokens at most: 12, 3, 256, 0 groups; the largest divisor of the step's prompts."""
+    rl = RL(
+        algorithm={"name": "grpo"}, prompts_per_step=per_step, samples_per_prompt=samples,
+        sampling={"max_new_tokens": tokens}, filter=GroupFilter() if filtered else None,
+    )  # fmt: skip
+    assert prompts_at_once(rl) == at_once
+
+
+def test_the_order_in_which_groups_are_finished_changes_no_call_of_a_scorer():
+    """Bits of a score depend on what is computed beside it, and when an answer comes is chance."""
+
+    class Listed(FakeReward):
+        def __init__(self):
+            self.calls = []
+
+        async def score(self, rollouts):
+            self.calls.append([r.uid for r in rollouts])
+            return await super().score(rollouts)
+
+    rewards = [Listed() for _ in range(3)]
+    for reward in rewards:  # the fake engine answers after a random moment
+        run(settings(steps=2, sampling={"max_new_tokens": 60}), fake_roles(reward=reward))
+    assert {len(call) for call in rewards[0].calls} == {4}  # two groups of two
+    assert all(sorted(reward.calls) == sorted(rewards[0].calls) for reward in rewards)
+
+
+def test_the_actor_has_read_the_probe_before_its_weights_change():
+    class Slow(FakeLearner):
+        async def logprobs(self, tokens):
+            before = self.updates
+            await asyncio.sleep(0.02)
+            assert self.updates == before
+            return await super().logprobs(tokens)
+
+    _, recorder = run(settings(steps=3, staleness=1), fake_roles(actor=Slow()))
+    assert len(recorder.metrics) == 3
 
 
 def test_sync_is_on_policy_and_trains_every_prompt_once_in_ledger_order():

@@ -131,8 +131,8 @@ REWARDS = (
         name="only the first response of a prompt is trained",
         row="B5",
         file="orchestrator/drawing.py",
-        old="        groups.append(group)\n",
-        new="        groups.append(group[:1] * len(group))\n",
+        old="            groups.append(group)\n",
+        new="            groups.append(group[:1] * len(group))\n",
         tests=(f"{LOOP}::test_a_greedy_response_is_drawn_beside_the_samples_and_its_reward_is_their_baseline",),
     ),
     Mutant(
@@ -448,8 +448,8 @@ REWARDS = (
     Mutant(
         name="the greedy response is one of the samples",
         file="orchestrator/drawing.py",
-        old="samples, greedy = rewarded[: len(early)], rewarded[len(early) :]",
-        new="samples, greedy = rewarded[-len(early) :], rewarded[len(early) :]",
+        old="zip(rewarded[: len(rollouts)], early",
+        new="zip(rewarded[-len(rollouts) :], early",
         tests=(f"{LOOP}::test_a_greedy_response_is_drawn_beside_the_samples_and_its_reward_is_their_baseline",),
     ),
     Mutant(

@@ -352,8 +352,8 @@ TOKENS = (
         name="a rollout's log-probs are padded on the left",
         row="A2",
         file="orchestrator/collate.py",
-        old="padded[b, : len(row)] = torch.frombuffer",
-        new="padded[b, padded.shape[1] - len(row) :] = torch.frombuffer",
+        old="masked_scatter_(attention(lengths, max(lengths)), values)",
+        new="masked_scatter_(attention(lengths, max(lengths)).flip(1), values)",
         tests=(f"{PIPE}::test_rollouts_are_stacked_column_by_column",),
     ),
     Mutant(

@@ -171,15 +171,15 @@ class SimulatedLearner(Worker):
 class SimulatedJudge(Worker):
     role = "reward"
     collective = False
-    verbs: ClassVar[dict[str, Work]] = {"score_rollouts": Work.REWARD}
+    verbs: ClassVar[dict[str, Work]] = {"score_groups": Work.REWARD}
     service: ClassVar[Service] = Service()
 
     def start(self) -> None:
         pass
 
-    def score_rollouts(self, rollouts: list[Rollout]) -> dict[str, list[float]]:
+    def score_groups(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, list[float]]:
         time.sleep(self.service.score_s)
-        return {"simulated": [float(rollout.uid[-1] == "0") for rollout in rollouts]}
+        return {"simulated": [float(r.uid[-1] == "0") for group in groups for r in group]}
 
 
 def serving(cls: Any, service: Service) -> Any:

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 FIGURES = (
-    "reward", "kl", "response_tokens", "tokens_per_s", "step_s", "driver_fraction", "sync_mb", "probe_diff",
-    "rollout_logprob_diff_mean", "rollout_logprob_diff_max", "actor/clip_fraction", "actor/grad_norm",
-    "critic/value_error",
+    "reward", "kl", "response_tokens", "tokens_per_s", "step_s", "overhead_s", "overhead_fraction",
+    "driver_fraction", "scoring_hidden", "sync_mb", "probe_diff", "rollout_logprob_diff_mean",
+    "rollout_logprob_diff_max", "actor/clip_fraction", "actor/grad_norm", "critic/value_error",
 )  # fmt: skip
 
 

@@ -16,12 +16,12 @@ from ray.actor import ActorMethod
 from torch import Tensor
 
 from actors.errors import RoleError
-from actors.group import ActorGroup, LearnerGroup, ScorerGroup, by_row
+from actors.group import ActorGroup, LearnerGroup, ScorerGroup
 from actors.remote_worker import RemoteWorker
 from orchestrator.batch import Batch, Minibatch, Rollout, ScoredRollout
 from orchestrator.coalesce import Coalescer, portions
 from orchestrator.config import MODEL
-from orchestrator.rewards import weigh
+from orchestrator.rewards import by_row, weigh
 from orchestrator.roles import Metrics
 
 LEARNERS = ("actor", "critic")

@@ -30,7 +30,7 @@ from orchestrator.batch import Batch, Examples, Minibatch, Rollout, ScoredRollou
 from orchestrator.coalesce import Coalescer, portions
 from orchestrator.collate import collate_examples
 from orchestrator.examples import Unit
-from orchestrator.rewards import weigh
+from orchestrator.rewards import by_row, weigh
 from orchestrator.roles import Metrics, Residency, WeightReceipt
 
 
@@ -160,21 +160,17 @@ class ScorerGroup(WorkerGroup):
         not depend on which groups happened to be finished, for it changes the last bits of its figures."""
         rollouts = list(chain.from_iterable(groups))
         records = collate_examples([Unit(rows=((r.tokens, r.action_mask),)) for r in rollouts], pad_id=0)
-        shares = plan_apart(
-            [len(r.tokens) for r in rollouts],
-            [len(group) for group in groups],
-            num_ranks=len(self.workers),
-            token_budget=self._token_budget,
-        )
+        lengths, sizes = [len(r.tokens) for r in rollouts], [len(group) for group in groups]
+        budget = self._token_budget
+        shares = plan_apart(lengths, sizes, num_ranks=len(self.workers), token_budget=budget)
         return await self._answers(records, verbs, shares)
 
     async def _gather(self, records: Batch | Examples, verbs: Sequence[ActorMethod]) -> Tensor:
         """Every worker answers for its share of the rows."""
         groups = records.groups if isinstance(records, Examples) else None  # what begins alike stays together
         units = [] if groups is None else groups.tolist()
-        return await self._answers(
-            records, verbs, self._plan(records.attention_mask.sum(1).tolist(), units=units)
-        )
+        shares = self._plan(records.attention_mask.sum(1).tolist(), units=units)
+        return await self._answers(records, verbs, shares)
 
     async def _answers(
         self, records: Batch | Examples, verbs: Sequence[ActorMethod], shares: Sequence[Sequence[list[int]]]
@@ -211,7 +207,7 @@ class LearnerGroup(ScorerGroup):
         ref = self._store.put(records)
         answers = await all_ranks(
             (
-                w.call(w.handle.update_rows, ref, minibatch.rows, minibatch.weights, share)
+                w.call(w.handle.update_rows, ref, rows.numpy(), minibatch.weights.numpy(), share)
                 for w, share in zip(self.workers, shares, strict=True)
             )
         )
@@ -322,15 +318,3 @@ class RewardGroup(WorkerGroup):
         """{name: reward} of each rollout, None where a reward is missing."""
         rewards = await self._ask(worker, worker.handle.score_groups, groups)
         return portions(by_row(rewards, sum(map(len, groups))), groups)
-
-
-def by_row(rewards: Mapping[str, Sequence[float]], num_rows: int) -> list[dict[str, float | None]]:
-    """{name: a number per row} -> {name: number} of each row, None where a name has none for it.
-
-    >>> by_row({"a": [1.0], "b": [2.0, 3.0]}, 2)
-    [{'a': 1.0, 'b': 2.0}, {'a': None, 'b': 3.0}]
-    """
-    return [
-        {name: values[row] if row < len(values) else None for name, values in rewards.items()}
-        for row in range(num_rows)
-    ]

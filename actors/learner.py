@@ -20,6 +20,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -109,10 +110,12 @@ class Learner(Worker):
         return figures | self.backend.step()
 
     def update_rows(
-        self, records: Experience | Examples, rows: Tensor, weights: Tensor, micro_batches: MicroBatches
+        self, records: Experience | Examples, rows: NDArray, weights: NDArray, micro_batches: MicroBatches
     ) -> dict[str, float]:
-        """``update`` as Ray calls it: records as an argument of their own travel by reference."""
-        return self.update(Minibatch(records=records, rows=rows, weights=weights), micro_batches)
+        """``update`` as Ray calls it: records as an argument of their own travel by reference, arrays faster
+        than tensors."""
+        minibatch = Minibatch(records=records, rows=torch.tensor(rows), weights=torch.tensor(weights))
+        return self.update(minibatch, micro_batches)
 
     def score(self, batch: Batch | Examples, micro_batches: MicroBatches) -> Tensor:
         """[n, T] (or [n]) float32 of this rank's rows, in the order of the concatenated micro-batches."""

@@ -64,7 +64,7 @@ class Checked(Actor):
         rows, weights = torch.arange(num_rows), records.action_mask / records.action_mask.sum()
         named = dict(self.backend.named_full_parameters())
         looks = {
-            "update": lambda: self.update_rows(records, rows, weights, shares),
+            "update": lambda: self.update_rows(records, rows.numpy(), weights.numpy(), shares),
             "finite": self.backend.check_finite,
             "checksum": lambda: [checksum(tensor) for tensor in named.values()],
             "probe": lambda: self.logprobs(range(PROBE_TOKENS)),

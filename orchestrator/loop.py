@@ -60,7 +60,7 @@ async def train(  # noqa: PLR0913 - a run, by name
 ) -> None:
     """Runs the steps ``start.step + 1`` to ``rl.steps``; the learners hold the weights of ``start``."""
     state = start
-    published = await publish(roles, state.step, probe)
+    proof = await publish(roles, state.step, probe)
     await observer.started(state.step)
 
     async def sampled(prompts: Sequence[Prompt]) -> list[Group]:
@@ -87,11 +87,10 @@ async def train(  # noqa: PLR0913 - a run, by name
                 experience, judged = rl.algorithm.experience(
                     replace(batch, rewards=rewards), scores, state.kl_coef
                 )
-                await published.read
                 learned = await learn(roles, experience, rl, step=step, seed=seed + step)
                 learned |= {**shaped, **judged}
-            synced = await published.proof
-            published = await publish(roles, step, probe)
+            synced = await proof
+            proof = await publish(roles, step, probe)
 
             ages = staleness_shares(batch, state.step, rl.staleness)
             metrics = {**drawn.metrics, **ages, **learned, **mismatch, **synced}
@@ -101,7 +100,7 @@ async def train(  # noqa: PLR0913 - a run, by name
             ledger.settle(drawn.prompts, step)
             await observer.stepped(state, drawn.groups, batch, metrics)
             stream.release(len(drawn.groups) // at_once)
-    await published.proof
+    await proof
 
 
 async def learn(roles: Roles, experience: Experience, rl: RL, *, step: int, seed: int) -> Metrics:

@@ -10,9 +10,8 @@ training.
 """
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from orchestrator.roles import Engine, Roles, WeightReceipt
 
@@ -35,45 +34,34 @@ class Probe:
         return {"float32": 1e-3, "bfloat16": 0.12}[dtype]
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
-    """Engines serve the weights, and the proof that they compute with them is under way: it runs beside
-    generation and the next update."""
+async def publish(roles: Roles, version: int, probe: Probe) -> "asyncio.Task[dict[str, float]]":
+    """Sends the weights; returns when versions and checksums agree and the engines serve them, with the probe
+    under way. In two phases: no engine serves before it is known what each of them holds.
 
-    read: asyncio.Future[list[float]]
-    """The actor's part. Await it before the weights change."""
-    proof: asyncio.Future[dict[str, float]]
-    """``sync_mb`` and ``probe_diff`` for the log. Await it before the next sync, and before anything is saved
-    that was learned from what the engines sampled. Raises WeightSyncError."""
-
-
-async def publish(roles: Roles, version: int, probe: Probe) -> Published:
-    """Sends the weights; returns when versions and checksums agree and the engines serve them. In two phases:
-    no engine serves before it is known what each of them holds. Raises WeightSyncError."""
+    The answer is a task: the actor has read the probe, and the engines' part runs beside generation and the
+    next update. Await it before the next sync, and before anything is saved that was learned from what they
+    sampled; it gives ``sync_mb`` and ``probe_diff`` for the log. Both raise WeightSyncError.
+    """
     pairs = await roles.engine.prepare_weights(roles.actor, version)
     for sent, received in pairs:
         check_receipt(sent, received)
-    read = asyncio.ensure_future(roles.actor.logprobs(probe.tokens))
-    read.add_done_callback(_seen)
-    await roles.engine.commit_weights(version)
+    _, mine = await asyncio.gather(roles.engine.commit_weights(version), roles.actor.logprobs(probe.tokens))
     num_bytes = pairs[0][0].num_bytes if pairs else 0
-    proof = asyncio.ensure_future(prove(roles.engine, read, probe, num_bytes=num_bytes))
+    proof = asyncio.create_task(prove(roles.engine, mine, probe, num_bytes=num_bytes))
     proof.add_done_callback(_seen)
-    return Published(read, proof)
+    return proof
 
 
-def _seen(part: asyncio.Future[Any]) -> None:
+def _seen(proof: "asyncio.Task[dict[str, float]]") -> None:
     """Where the run has ended, or begun again, before it was awaited, nobody asks for its error."""
-    if not part.cancelled():
-        part.exception()
+    if not proof.cancelled():
+        proof.exception()
 
 
-async def prove(
-    engine: Engine, read: Awaitable[Sequence[float]], probe: Probe, *, num_bytes: int
-) -> dict[str, float]:
-    """The same tokens through every engine; ``read``: the actor's log-probs of them."""
+async def prove(engine: Engine, mine: Sequence[float], probe: Probe, *, num_bytes: int) -> dict[str, float]:
+    """The same tokens through every engine; ``mine`` are the actor's log-probs of them."""
     await asyncio.sleep(0)  # prompts that waited for this sync go first
-    mine, theirs = await asyncio.gather(read, engine.logprobs(probe.tokens))
+    theirs = await engine.logprobs(probe.tokens)
     diffs = [check_probe(mine, engine, probe, index) for index, engine in enumerate(theirs)]
     return {"sync_mb": num_bytes / 2**20, "probe_diff": max(diffs, default=0.0)}
 

@@ -39,6 +39,18 @@ def weigh(
     return scored
 
 
+def by_row(rewards: Mapping[str, Sequence[float]], num_rows: int) -> list[dict[str, float | None]]:
+    """{name: a number per row} -> {name: number} of each row, None where a name has none for it.
+
+    >>> by_row({"a": [1.0], "b": [2.0, 3.0]}, 2)
+    [{'a': 1.0, 'b': 2.0}, {'a': None, 'b': 3.0}]
+    """
+    return [
+        {name: values[row] if row < len(values) else None for name, values in rewards.items()}
+        for row in range(num_rows)
+    ]
+
+
 def _number(name: str, uid: str, value: float | None) -> float:
     if value is None:
         raise RewardError(f"reward {name!r} gave sample {uid} no reward; expected one number per response")

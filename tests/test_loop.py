@@ -103,18 +103,6 @@ def test_the_order_in_which_groups_are_finished_changes_no_call_of_a_scorer():
     assert all(sorted(reward.calls) == sorted(rewards[0].calls) for reward in rewards)
 
 
-def test_the_actor_has_read_the_probe_before_its_weights_change():
-    class Slow(FakeLearner):
-        async def logprobs(self, tokens):
-            before = self.updates
-            await asyncio.sleep(0.02)
-            assert self.updates == before
-            return await super().logprobs(tokens)
-
-    _, recorder = run(settings(steps=3, staleness=1), fake_roles(actor=Slow()))
-    assert len(recorder.metrics) == 3
-
-
 def test_sync_is_on_policy_and_trains_every_prompt_once_in_ledger_order():
     roles = fake_roles()
     ledger, recorder = run(settings(), roles)

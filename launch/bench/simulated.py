@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.vital_signs import RosterLine, VitalSigns
@@ -145,7 +146,7 @@ class SimulatedLearner(Worker):
         return -torch.ones(sum(len(rows) for rows in micro_batches), records.tokens.shape[1])
 
     def update_rows(
-        self, records: Any, rows: Tensor, weights: Tensor, micro_batches: Sequence[Sequence[int]]
+        self, records: Any, rows: NDArray, weights: NDArray, micro_batches: Sequence[Sequence[int]]
     ) -> Metrics:
         time.sleep(self.service.update_s)
         return {"loss": 0.0}

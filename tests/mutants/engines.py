@@ -54,11 +54,8 @@ ENGINES = (
         name="engines begin with the weights of their folder",
         row="D5",
         file="orchestrator/loop.py",
-        old="    published = await publish(roles, state.step, probe)\n    await observer",
-        new="    from orchestrator.publish import Published\n"
-        "    read = asyncio.ensure_future(asyncio.sleep(0, [0.0]))\n"
-        '    proof = asyncio.ensure_future(asyncio.sleep(0, {"sync_mb": 0.0, "probe_diff": 0.0}))\n'
-        "    published = Published(read, proof)\n"
+        old="    proof = await publish(roles, state.step, probe)\n    await observer",
+        new='    proof = asyncio.ensure_future(asyncio.sleep(0, {"sync_mb": 0.0, "probe_diff": 0.0}))\n'
         "    await observer",
         tests=(f"{LOOP}::test_sync_is_on_policy_and_trains_every_prompt_once_in_ledger_order",),
     ),
@@ -123,8 +120,8 @@ ENGINES = (
         name="the step's weights are not published",
         row="D8",
         file="orchestrator/loop.py",
-        old="            published = await publish(roles, step, probe)\n",
-        new="            published = await publish(roles, state.step, probe)\n",
+        old="            proof = await publish(roles, step, probe)\n",
+        new="            proof = await publish(roles, state.step, probe)\n",
         tests=(f"{LOOP}::test_sync_is_on_policy_and_trains_every_prompt_once_in_ledger_order",),
     ),
     Mutant(

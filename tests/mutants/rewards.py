@@ -266,7 +266,7 @@ REWARDS = (
     Mutant(
         name="too few rewards from a worker are filled up with 0",
         row="B11",
-        file="actors/group.py",
+        file="orchestrator/rewards.py",
         old="values[row] if row < len(values) else None",
         new="values[row] if row < len(values) else 0.0",
         tests=("tests/test_group.py::test_too_few_rewards_are_refused_with_the_sample_that_has_none",),

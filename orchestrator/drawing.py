@@ -19,7 +19,7 @@ from orchestrator.scoring import score_early
 from orchestrator.stream import RolloutStream
 
 Group = list[ScoredRollout]
-SMALL = 256  # response tokens, at most: of these, most of a forward pass is not arithmetic
+SMALL = 256  # response tokens: with fewer, most of the time of a forward pass is not arithmetic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

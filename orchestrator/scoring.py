@@ -1,7 +1,8 @@
 """Who scores the rollouts of a step, and when.
 
-A group is scored as soon as it leaves the engine, by every role whose answer cannot change before its step:
-the reference always, actor and critic when the run is synchronous, for then nobody trains while it samples.
+A group is scored as soon as it leaves the engine (one of few tokens: when its neighbours have, see
+``drawing.py``), by every role whose answer cannot change before its step: the reference always, actor and
+critic when the run is synchronous, for then nobody trains while it samples.
 So forward passes hide behind generation. What is left is scored when the batch is whole.
 """
 

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
+from actors.worker import settle_heap
 from launch.autoscaling import Autoscaling
 from launch.build import Crew
 from launch.dump import dump
@@ -160,6 +161,7 @@ class Journal:
         self.trained.cut(step)
         if step == 0:
             await self._evaluate(step, "accuracy_before")
+        settle_heap()
         self.timeline.end_step()
 
     async def stepped(

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -291,24 +292,17 @@ async def test_an_engine_that_dies_in_a_sync_is_left_out_and_nobody_serves_half_
 
 
 async def test_a_crash_loop_ends_with_an_error_that_says_so() -> None:
-    engines = [FakeEngine("engine 0")]
+    class Dies(FakeEngine):
+        async def generate(self, *question: Any) -> list[Rollout]:
+            self.kill()
+            return await super().generate(*question)
+
+    engines = [Dies("engine 0")]
     fleet, _ = fleet_of(engines, restarts=2)
     policy = FakePolicy(engines)
     await sync(fleet, policy, 1)
-    engines[0].gate.clear()
     answer = asyncio.create_task(fleet.generate(prompt(0), 1, SAMPLING))
-
-    async def kill_it_whenever_it_serves() -> None:
-        while not answer.done():
-            engines[0].gate.clear()
-            await asyncio.sleep(0.01)
-            if engines[0].asked:
-                engines[0].asked.clear()
-                engines[0].kill()
-
-    killer = asyncio.create_task(kill_it_whenever_it_serves())
     with pytest.raises(RestartsSpent, match="engine 0 has no restarts left"):
         await asyncio.wait_for(answer, 5)
-    await killer
     assert engines[0].lives == 3
     assert await fleet.prepare_weights(policy, 2) == []  # the step is finished all the same

@@ -14,6 +14,8 @@ import os
 import random
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import ClassVar
 
@@ -41,6 +43,16 @@ def settle_heap() -> None:
     """Hides what is loaded from the garbage collector: another look through all of it takes 0.3 s."""
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def settled_heap() -> Iterator[None]:
+    """For a while: nanobind calls what is still frozen when the process ends a leak, on the user's screen."""
+    settle_heap()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Worker(VitalSigns, ABC):

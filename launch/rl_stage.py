@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
-from actors.worker import settle_heap
+from actors.worker import settled_heap
 from launch.autoscaling import Autoscaling
 from launch.build import Crew
 from launch.dump import dump
@@ -72,7 +72,8 @@ async def _run(session: Session, rl: RL, prompts: PromptSet, models: dict[str, s
 
         scaling = asyncio.create_task(crew.engine_count.follow(session.progress.note))
         try:
-            await through_losses(go_on, crew, journal)
+            with settled_heap():
+                await through_losses(go_on, crew, journal)
         finally:
             scaling.cancel()
         folder = session.folder.path / "model"
@@ -161,7 +162,6 @@ class Journal:
         self.trained.cut(step)
         if step == 0:
             await self._evaluate(step, "accuracy_before")
-        settle_heap()
         self.timeline.end_step()
 
     async def stepped(

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from orchestrator.batch import Batch, Experience, Prompt, ScoredRollout
+from orchestrator.batch import Batch, Experience, Minibatch, Prompt, ScoredRollout
 from orchestrator.collate import collate, collate_scores
 from orchestrator.config import RL
 from orchestrator.drawing import Group, draw, prompts_at_once, sample
@@ -32,6 +33,8 @@ from orchestrator.stream import RolloutStream
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 
 class StaleRolloutError(RuntimeError):
@@ -104,28 +107,47 @@ async def train(  # noqa: PLR0913 - a run, by name
 
 
 async def learn(roles: Roles, experience: Experience, rl: RL, *, step: int, seed: int) -> Metrics:
-    """Every learner steps on the same minibatch at once; one call is one optimizer step. While the critic
-    warms up, the actor is none of them."""
+    """Every learner steps on the same minibatch at once; one call is one optimizer step, and the call of the
+    next waits behind it at the learner, which so never waits for the driver. While the critic warms up, the
+    actor is none of them."""
     learners = dict(roles.learners())
     if step <= rl.critic_warmup:
         del learners["actor"]
-    history: list[Metrics] = []
-    for minibatch in minibatches(
+
+    async def stepped(minibatch: Minibatch) -> Metrics:
+        answers = await asyncio.gather(*(learner.update(minibatch) for learner in learners.values()))
+        return {
+            f"{role}/{k}": v
+            for role, answer in zip(learners, answers, strict=True)
+            for k, v in answer.items()
+        }
+
+    parts = minibatches(
         experience,
         rl.updates,
         aggregate=rl.updates.aggregate or rl.algorithm.aggregate,
         constant_length=rl.sampling.max_new_tokens,
         seed=seed,
-    ):
-        answers = await asyncio.gather(*(learner.update(minibatch) for learner in learners.values()))
-        history.append(
-            {
-                f"{role}/{k}": v
-                for role, answer in zip(learners, answers, strict=True)
-                for k, v in answer.items()
-            }
-        )
-    return mean_metrics(history)
+    )
+    return mean_metrics(await one_ahead(stepped(part) for part in parts))
+
+
+async def one_ahead(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Their answers in order, each call made while the one before it is under way. When one fails, the next
+    is taken back."""
+    answers: list[T] = []
+    under_way: deque[asyncio.Task[T]] = deque()
+    try:
+        for call in calls:
+            under_way.append(asyncio.create_task(call))
+            if len(under_way) > 1:
+                answers.append(await under_way.popleft())
+        answers += [await task for task in under_way]
+    finally:
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+    return answers
 
 
 def blamed(actor: Tensor | None, batch: Batch, metrics: Metrics, version: int, probe: Probe) -> Metrics:

@@ -133,6 +133,42 @@ class Longer(FakeEngine):
         return [rollout(p, k, version=r.versions[-1], response=(5,) * (k + 1)) for k, r in enumerate(drawn)]
 
 
+class SlowLearner(FakeLearner):
+    """Takes one minibatch at a time, as a worker does; remembers how many it had when it took each."""
+
+    def __init__(self, fails_at=None):
+        super().__init__()
+        self.at_work, self.fails_at = asyncio.Lock(), fails_at
+        self.asked, self.queued, self.taken_back = 0, [], 0
+
+    async def update(self, minibatch):
+        self.asked += 1
+        try:
+            async with self.at_work:
+                await asyncio.sleep(0.005)
+                self.queued.append(self.asked - self.updates)
+                if self.updates + 1 == self.fails_at:
+                    raise RuntimeError("worker lost")
+                return await super().update(minibatch)
+        except asyncio.CancelledError:
+            self.taken_back += 1
+            raise
+
+
+def test_the_next_minibatch_waits_at_the_learner_and_no_more_than_one():
+    roles = fake_roles(actor=SlowLearner(), critic=SlowLearner())
+    _, recorder = run(settings(steps=2), roles)  # four optimizer steps each
+    assert roles.actor.queued == roles.critic.queued == [2, 2, 2, 1] * 2
+    assert [m["actor/loss"] for m in recorder.metrics] == [2.5, 6.5]  # of 1 to 4 and of 5 to 8
+
+
+def test_what_waits_behind_a_failed_update_is_taken_back():
+    roles = fake_roles(actor=SlowLearner(fails_at=2))
+    with pytest.raises(RuntimeError, match="worker lost"):
+        run(settings(steps=1), roles)
+    assert (roles.actor.updates, roles.actor.asked, roles.actor.taken_back) == (1, 3, 1)
+
+
 @pytest.mark.parametrize(
     ("own", "weights"),
     [(None, [1 / 8, 1 / 16, 1 / 16]), ("token_mean", [1 / 12] * 3), ("constant_length", [1 / 80] * 3)],

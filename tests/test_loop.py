@@ -12,7 +12,7 @@ from orchestrator.drawing import prompts_at_once
 from orchestrator.driver_state import DriverState
 from orchestrator.filters import GroupFilter
 from orchestrator.ledger import Ledger
-from orchestrator.loop import StaleRolloutError, train
+from orchestrator.loop import StaleRolloutError, one_ahead, train
 from orchestrator.publish import Probe, WeightSyncError
 from orchestrator.roles import Roles
 from orchestrator.shaping import RunningStats
@@ -136,23 +136,16 @@ class Longer(FakeEngine):
 class SlowLearner(FakeLearner):
     """Takes one minibatch at a time, as a worker does; remembers how many it had when it took each."""
 
-    def __init__(self, fails_at=None):
+    def __init__(self):
         super().__init__()
-        self.at_work, self.fails_at = asyncio.Lock(), fails_at
-        self.asked, self.queued, self.taken_back = 0, [], 0
+        self.at_work, self.asked, self.queued = asyncio.Lock(), 0, []
 
     async def update(self, minibatch):
         self.asked += 1
-        try:
-            async with self.at_work:
-                await asyncio.sleep(0.005)
-                self.queued.append(self.asked - self.updates)
-                if self.updates + 1 == self.fails_at:
-                    raise RuntimeError("worker lost")
-                return await super().update(minibatch)
-        except asyncio.CancelledError:
-            self.taken_back += 1
-            raise
+        async with self.at_work:
+            await asyncio.sleep(0.005)
+            self.queued.append(self.asked - self.updates)
+            return await super().update(minibatch)
 
 
 def test_the_next_minibatch_waits_at_the_learner_and_no_more_than_one():
@@ -162,11 +155,20 @@ def test_the_next_minibatch_waits_at_the_learner_and_no_more_than_one():
     assert [m["actor/loss"] for m in recorder.metrics] == [2.5, 6.5]  # of 1 to 4 and of 5 to 8
 
 
-def test_what_waits_behind_a_failed_update_is_taken_back():
-    roles = fake_roles(actor=SlowLearner(fails_at=2))
+async def test_what_waits_behind_a_failed_call_is_taken_back():
+    made, done = [], []
+
+    async def call(number):
+        made.append(number)
+        await asyncio.sleep(0.005 * (1 + number))
+        if number == 1:
+            raise RuntimeError("worker lost")
+        done.append(number)
+
     with pytest.raises(RuntimeError, match="worker lost"):
-        run(settings(steps=1), roles)
-    assert (roles.actor.updates, roles.actor.asked, roles.actor.taken_back) == (1, 3, 1)
+        await one_ahead(call(number) for number in range(5))
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert (made, done) == ([0, 1, 2], [0])
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ class Deadlines(Settings):
     start_s: PositiveFloat = 600
     """Loading a model into a role."""
     call_s: PositiveFloat = 1800
-    """One score, update, save or generate call."""
+    """One score, update, save or generate call, with its wait behind the update before."""
     sync_s: PositiveFloat = 300
     """One weight sync."""
     stall_s: PositiveFloat = 120

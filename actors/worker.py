@@ -47,7 +47,7 @@ def settle_heap() -> None:
 
 @contextmanager
 def settled_heap() -> Iterator[None]:
-    """For a while: nanobind calls what is still frozen when the process ends a leak, on the user's screen."""
+    """Settled while inside. What is frozen when a process ends nanobind reports as leaked, on the screen."""
     settle_heap()
     try:
         yield

@@ -17,6 +17,7 @@ from tests.models import tiny_model
 
 ROOT = Path(__file__).parent.parent
 QUARTET = str(Path(sys.executable).parent / "quartet")
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 NUM_PROMPTS, PER_STEP = 60, 4
 SMALL = [
     "seed=3", f"task.num_train={NUM_PROMPTS}", "task.num_heldout=10", "task.wrong_fraction=0.1",
@@ -30,8 +31,7 @@ SMALL = [
 
 
 def quartet(*arguments: str) -> subprocess.CompletedProcess:
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([QUARTET, *arguments], capture_output=True, text=True, timeout=400, env=offline)
+    return subprocess.run([QUARTET, *arguments], capture_output=True, text=True, timeout=400, env=OFFLINE)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -141,38 +141,45 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def refusals(good) -> dict[str, list]:
-    """override -> exit status and stderr of `quartet train`, all in one process: the imports take 8 s."""
+    """override -> exit status and stderr of `quartet train`, and what it left beside the run directory; all
+    in one process, for the imports take 8 s."""
     script = """if True:
-        import contextlib, io, json, sys
+        import contextlib, io, json, os, sys
         from launch.cli import main
+
+        folder, *overrides = sys.argv[1:]
+        before = {*os.listdir(folder), "run"}
 
         def refusal(override):
             said = io.StringIO()
             with contextlib.redirect_stderr(said):
-                status = main(["train", sys.argv[1], override])
-            return status, said.getvalue()
+                status = main(["train", f"{folder}/run.yaml", override])
+            return status, said.getvalue(), sorted({*os.listdir(folder)} - before)
 
-        print(json.dumps({override: refusal(override) for override in sys.argv[2:]}))
+        print(json.dumps([refusal(override) for override in overrides]))
     """
     overrides = [key.replace("GOOD", str(good)) for key in REFUSED]
     done = subprocess.run(
-        [sys.executable, "-c", script, str(good / "run.yaml"), *overrides],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "HF_HUB_OFFLINE": "1"}, cwd=ROOT,
+        [sys.executable, "-c", script, str(good), *overrides],
+        capture_output=True, text=True, timeout=200, env=OFFLINE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return dict(zip(REFUSED, json.loads(done.stdout.splitlines()[-1]).values(), strict=True))
+    return dict(zip(REFUSED, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 @pytest.mark.parametrize(("override", "message"), REFUSED.items())
-def test_bad_input_is_named_with_status_2(refusals, override, message):
-    status, said = refusals[override]
-    assert status == 2
+def test_bad_input_is_named_with_status_2_and_nothing_is_written_outside_the_run_directory(
+    refusals, override, message
+):
+    status, said, left = refusals[override]
+    assert (status, left) == (2, [])
     assert said.startswith("quartet: error:") and "Traceback" not in said
     assert re.search(message, said, re.DOTALL), said
 
 
-def test_bad_input_leaves_nothing_outside_the_run_directory(good):
+def test_a_refusal_is_the_exit_status_of_the_command(good):
     before = set(good.iterdir())
     result = quartet("train", str(good / "run.yaml"), "roles.reward.function=nothing")
     assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("quartet: error:") and "Traceback" not in result.stderr
     assert set(good.iterdir()) - before <= {good / "run"}

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +32,17 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
+
+
+def contents(*folders: Path) -> dict[Path, bytes]:
+    """Of every plain file below. A Ray at work replaces and removes files while they are read; those are left
+    out."""
+    found = {}
+    for file in (Path(base, name) for top in folders for base, _, names in os.walk(top) for name in names):
+        with suppress(FileNotFoundError):
+            if S_ISREG(file.stat().st_mode):
+                found[file] = file.read_bytes()
+    return found
 
 
 def start_head(folder: Path, temp: Path, cpus: int = 2) -> SimpleNamespace:

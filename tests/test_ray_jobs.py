@@ -1,5 +1,6 @@
 """`quartet submit --to ray` against a real Ray head with token authentication."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.ray_head import ROOT, environment, start_head, stop_head
+from tests.ray_head import ROOT, contents, environment, start_head, stop_head
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 SMALL = [
@@ -85,20 +86,15 @@ def test_a_run_trains_stops_with_a_checkpoint_and_resumes(head, tmp_path):
     listed = quartet(head, "status", *long).stdout
     assert "ppo-a-0  stopped" in listed and "ppo-a-1  succeeded" in listed
 
-    session = head.temp
     said = [text for r in (first, again, stopped, resumed) for text in (r.stdout, r.stderr)] + [listed]
-    rest = psutil.Process(head.process.pid).children(recursive=True)
-    said += [" ".join(p.cmdline()) for p in rest]
-    stored = [
-        f
-        for base in (session, tmp_path / "run")
-        for f in base.rglob("*")
-        if f.is_file() and not f.is_socket()
-    ]
+    for process in psutil.Process(head.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended since it was listed
+            said.append(" ".join(process.cmdline()))
+    stored = contents(head.temp, tmp_path / "run")
     assert len(stored) > 20
     for canary in [*CANARIES.values(), head.token]:
         assert not any(canary in text for text in said)
-        assert [str(f) for f in stored if canary.encode() in f.read_bytes()] == []
+        assert [str(file) for file, text in stored.items() if canary.encode() in text] == []
 
 
 def test_a_failed_job_reports_the_exit_code_of_the_training_process(head, tmp_path):

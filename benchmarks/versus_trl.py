@@ -128,6 +128,7 @@ def quartet_step(work: Work, mode: str) -> tuple[float, dict[str, float]]:
         f"model.max_length={longest}", reward, f"rl.prompts.path={prompts}", f"rl.steps={work.steps}",
         f"rl.prompts_per_step={work.prompts}", f"rl.samples_per_prompt={work.samples}",
         f"rl.sampling.max_new_tokens={work.tokens}", "rl.samples_every=0",
+        *([] if work.micro_batch else [f"rl.score_tokens={together * work.tokens}"]),  # one pass a role
         f"rl.algorithm.name={work.algorithm}",
         f"rl.algorithm.kl_coef={0.05 if work.algorithm == 'ppo' else 0}",
         *(f"roles.{role}.cpus_per_worker=0.3" for role in roles), "engine.cpus_per_worker=0.3",

@@ -19,7 +19,6 @@ from orchestrator.scoring import score_early
 from orchestrator.stream import RolloutStream
 
 Group = list[ScoredRollout]
-SMALL = 256  # response tokens: with fewer, most of the time of a forward pass is not arithmetic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +32,13 @@ class Drawn:
 
 def prompts_at_once(rl: RL) -> int:
     """How many prompts that follow one another are sampled as one: their groups are rewarded and scored
-    together, when the last is there. 1, unless groups are so small that a forward pass for each would cost
-    more than it hides; then a number that divides the step's.
+    together, when the last is there. As many as stay below ``score_tokens`` and divide the step's.
 
     Never those that happen to be there: a row's last bits depend on what is computed beside it.
     """
     if rl.filter is not None:  # which prompts a step draws is not known before
         return 1
-    most = SMALL // (rl.samples_per_prompt * rl.sampling.max_new_tokens)
+    most = rl.score_tokens // (rl.samples_per_prompt * rl.sampling.max_new_tokens)
     return max(n for n in range(1, max(most, 1) + 1) if rl.prompts_per_step % n == 0)
 
 

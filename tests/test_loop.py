@@ -67,20 +67,21 @@ def fake_roles(**changes) -> Roles:
 
 
 @pytest.mark.parametrize(
-    ("per_step", "samples", "tokens", "filtered", "at_once"),
+    ("per_step", "samples", "tokens", "most", "filtered", "at_once"),
     [
-        (64, 4, 5, False, 8),
-        (9, 4, 20, False, 3),
-        (6, 1, 1, False, 6),
-        (4, 2, 200, False, 1),
-        (64, 4, 5, True, 1),
+        (64, 4, 5, 256, False, 8),
+        (9, 4, 20, 256, False, 3),
+        (6, 1, 1, 256, False, 6),
+        (4, 2, 200, 256, False, 1),
+        (8, 4, 64, 2048, False, 8),
+        (64, 4, 5, 256, True, 1),
     ],
 )
-def test_groups_of_few_tokens_are_sampled_together(per_step, samples, tokens, filtered, at_once):
-    """Of 256 response tokens at most: 12, 3, 256, 0 groups; the largest divisor of the step's prompts."""
+def test_groups_of_few_tokens_are_sampled_together(per_step, samples, tokens, most, filtered, at_once):
+    """Room for 12, 3, 256, 0, 8 groups; the largest divisor of the step's prompts."""
     rl = RL(
         algorithm={"name": "grpo"}, prompts_per_step=per_step, samples_per_prompt=samples,
-        sampling={"max_new_tokens": tokens}, filter=GroupFilter() if filtered else None,
+        sampling={"max_new_tokens": tokens}, filter=GroupFilter() if filtered else None, score_tokens=most,
     )  # fmt: skip
     assert prompts_at_once(rl) == at_once
 

@@ -81,6 +81,10 @@ class RL(Settings):
     """Groups without signal are dropped and other prompts drawn instead; null: every group stays."""
     staleness: NonNegativeInt = 0
     """Updates that a rollout may be behind; 0 is the synchronous algorithm."""
+    score_tokens: PositiveInt = 256
+    """Response tokens that are scored together: as many neighbouring groups as stay below, at least one. Few
+    hide more of the scoring behind generation; many start fewer forward passes, which pays for models of a
+    few million parameters."""
     critic_warmup: NonNegativeInt = 0
     """First steps in which only the critic learns and the actor is frozen."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

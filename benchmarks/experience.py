@@ -10,7 +10,6 @@ benchmarks/results/experience_cpu.json.
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from launch.bench.result import cpu_model  # noqa: E402
 from orchestrator.algorithms.grpo import GRPO  # noqa: E402
 from orchestrator.algorithms.ppo import PPO  # noqa: E402
 from orchestrator.batch import Batch  # noqa: E402
@@ -111,13 +111,6 @@ def median(call) -> float:
         call()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.peak_memory import MARKER, members, memory  # noqa: E402
 from benchmarks.steady import steady  # noqa: E402
+from launch.bench.result import cpu_model  # noqa: E402
 from launch.cli import resolve  # noqa: E402
 from orchestrator.plan.calibration import SHIPPED, read_calibration  # noqa: E402
 from orchestrator.plan.devices import DEVICES, GIB, parse_cluster  # noqa: E402
@@ -274,9 +275,10 @@ def calibrate(rounds: int) -> None:
     rates = fit(chosen, rounds)
     tiny = {name: one for name, one in chosen.items() if not is_smollm2(name)}
     plain = {field: float(f"{value:.4g}") for field, value in asdict(rates).items() if field != "source"}
+    machine, layouts = f"{os.cpu_count()} cores ({cpu_model()})", ", ".join(chosen)
     tree = {
         "device": "cpu", "dtype": "float32",
-        "source": "2 cores with avx512_bf16, benchmarks/plan_score.py, layouts: " + ", ".join(chosen),
+        "source": f"{machine}, benchmarks/plan_score.py, layouts: {layouts}",
         "rates": plain | {"error": 0.2}, "process_gib": fitted_overheads(tiny),
     }  # fmt: skip
     CALIBRATED.parent.mkdir(exist_ok=True)
@@ -336,8 +338,7 @@ def report(found: Sequence[Score]) -> str:
     memory_ = statistics.median(one.memory_error for one in judged)
     tiny = [one for one in judged if not is_smollm2(one.name)]
     rows = [
-        "Predicted by `quartet plan`, measured here (2 cores, other jobs beside); by "
-        "`benchmarks/plan_score.py`.",
+        "Predicted by `quartet plan`, measured on two CPU cores; by `benchmarks/plan_score.py`.",
         "",
         f"Median error over the {len(judged)} scored layouts: step time {time:.0%} (largest "
         f"{max(one.time_error for one in judged):.0%}), peak memory {memory_:.0%} (largest "

@@ -1,11 +1,12 @@
 """How good is the foresight? Layouts of the quickstart's rl stage, measured and predicted by the planner.
 
-    python benchmarks/plan_score.py measure [LAYOUT ...]   # 40 s each on two cores; default: those not yet
+    python benchmarks/plan_score.py measure [LAYOUT ...]   # 90 s each on two cores; default: those not yet
     python benchmarks/plan_score.py fit                    # rates and overheads, from layouts set aside
     python benchmarks/plan_score.py score                  # table and plot of the others
 
 All layouts start from one SFT checkpoint and one reward model. Measured are the seconds per warm step of each
-and the peak of the memory of all processes together (PSS), each layout written as soon as it is done.
+and the peak of the memory of all processes together (PSS). A layout that is named is measured once more; of
+several runs the medians count.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -127,14 +129,34 @@ class PeakMemory(threading.Thread):
 
 
 def measure(names: Sequence[str], work: Path, base: Path, smollm2: Path) -> None:
-    found = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    found = runs()
     for name in names:
-        found[name] = measured(name, work / name.replace(" ", "_").replace(",", ""), base, smollm2)
-        print(name, found[name]["step_s"], round(found[name]["peak_gib"], 2), flush=True)
+        one = measured(name, work / name.replace(" ", "_").replace(",", ""), base, smollm2)
+        print(name, one["step_s"], round(one["peak_gib"], 2), flush=True)
+        found.setdefault(name, []).append(one)
         MEASURED.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measured(name: str, folder: Path, base: Path, smollm2: Path) -> dict[str, object]:
+def runs() -> dict[str, list[dict[str, Any]]]:
+    """By layout, what ``measured`` gave each time."""
+    return json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+
+
+def medians() -> dict[str, dict[str, Any]]:
+    """By layout, of its runs."""
+    return {name: _median(each) for name, each in runs().items()}
+
+
+def _median(values: Sequence[Any]) -> Any:
+    """Of numbers; of mappings by key, of lists by place."""
+    if isinstance(values[0], dict):
+        return {key: _median([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], list):
+        return [_median(each) for each in zip(*values, strict=True)]
+    return statistics.median(values)
+
+
+def measured(name: str, folder: Path, base: Path, smollm2: Path) -> dict[str, Any]:
     """Runs the layout and reads what it wrote."""
     models = []
     if is_smollm2(name):
@@ -215,7 +237,8 @@ def predicted(name: str, measured: dict, rates: Rates, overheads: Overheads) -> 
 
 
 def loss(rates: Rates, measured: dict[str, dict]) -> float:
-    """Squared logarithms of predicted over measured seconds: of the step, and half as heavy of each phase."""
+    """Squared logarithms of predicted over measured seconds: of the step, and an eighth as heavy of the
+    phases, whose wall time counts waiting too."""
     sum_ = 0.0
     for name, one in measured.items():
         found = simulate(planned(name, Overheads(), one["response_tokens"]), rates)
@@ -223,7 +246,7 @@ def loss(rates: Rates, measured: dict[str, dict]) -> float:
         for phase in PHASES:
             ours, theirs = found.seconds.get(phase, 0.0), one["seconds"].get(phase, 0.0)
             if ours and theirs:
-                sum_ += math.log(ours / theirs) ** 2 / 2 / len(PHASES)
+                sum_ += math.log(ours / theirs) ** 2 / 8 / len(PHASES)
     return sum_
 
 
@@ -270,7 +293,7 @@ def fitted_overheads(measured: dict[str, dict]) -> dict[str, float]:
 
 
 def calibrate(rounds: int) -> None:
-    everything = json.loads(MEASURED.read_text())
+    everything = medians()
     chosen = {name: everything[name] for name in CALIBRATION if name in everything}
     rates = fit(chosen, rounds)
     tiny = {name: one for name, one in chosen.items() if not is_smollm2(name)}
@@ -309,7 +332,7 @@ class Score:
 
 def scores() -> list[Score]:
     """Of every scored layout that was measured."""
-    everything = json.loads(MEASURED.read_text())
+    everything = medians()
     rates, overheads = read_calibration(None, DEVICES["cpu"], "float32")
     found = []
     for name in (*SCORED, *CALIBRATION):
@@ -423,8 +446,7 @@ def main() -> None:
              "--fresh"],
             check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-    done = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
-    wanted = arguments.layouts or [name for name in LAYOUTS if name not in done]
+    wanted = arguments.layouts or [name for name in LAYOUTS if name not in runs()]
     measure(wanted, work, base, arguments.smollm2)
 
 

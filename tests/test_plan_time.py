@@ -3,12 +3,14 @@
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from launch.cli import main
-from orchestrator.config import Run
+from orchestrator.config import Optimizer, Run
 from orchestrator.plan.calibration import read_calibration
 from orchestrator.plan.devices import DEVICES, parse_cluster
 from orchestrator.plan.fit import Planned, fits
@@ -17,7 +19,7 @@ from orchestrator.plan.predict import idle_shares, predict, simulate
 from orchestrator.plan.search import FINALISTS, laid_on, search
 from orchestrator.plan.service import Rates, Service, sheet_rates
 from orchestrator.plan.shapes import NAMED, shape_of
-from orchestrator.plan.simulated import Seats, SimulatedEngine
+from orchestrator.plan.simulated import Seats, SimulatedEngine, SimulatedLearner
 from orchestrator.plan.stages import Shapes
 from orchestrator.plan.virtual import Place, run_virtually
 from orchestrator.plan.workload import workload
@@ -79,6 +81,44 @@ def test_work_at_one_place_shares_it():
         return await asyncio.gather(one(0, 2), one(1, 1))
 
     assert run_virtually(both()) == pytest.approx([3.0, 3.0])
+
+
+def test_a_learner_takes_one_call_at_a_time_however_many_cores_are_free():
+    """Two updates of 2 s each on two cores, asked for at once, and a score of 3 s after them: 2, 4, 7 s."""
+
+    class Timed(Service):
+        def update(self, *_):
+            return 2.0
+
+        def forward(self, *_):
+            return 3.0
+
+    service = Timed(
+        shape=NAMED["smollm2-135m"], rates=FREE, cluster=parse_cluster("1x2xcpu"), dtype="float32"
+    )
+    seats = Seats(places=(Place("host", capacity=2.0),), demand=1.0)
+    minibatch = SimpleNamespace(records=SimpleNamespace(tokens=torch.ones(1, 2)), rows=[0])
+
+    async def ends() -> list[float]:
+        learner, loop = SimulatedLearner(seats, service, Optimizer()), asyncio.get_running_loop()
+
+        async def at_end(call) -> float:
+            await call
+            return loop.time()
+
+        calls = [learner.update(minibatch), learner.update(minibatch), learner.score(minibatch.records)]
+        return await asyncio.gather(*map(at_end, calls))
+
+    assert run_virtually(ends()) == pytest.approx([2.0, 4.0, 7.0])
+
+
+def test_groups_of_one_call_are_computed_apart():
+    """Two groups of one layer launch each and one call: 2 x (30 launches of 1 s) + 100 s."""
+    rates = replace(FREE, layer_s=1.0, call_s=100.0)
+    shape = NAMED["smollm2-135m"]
+    service = Service(shape=shape, rates=rates, cluster=parse_cluster("1x2xcpu"), dtype="float32")
+    group = ([3, 4], [1, 2])
+    assert service.forward_apart([group, group]) == pytest.approx(2 * shape.layers + 100.0)
 
 
 def test_waiting_for_nothing_is_an_error_and_not_a_hang():

@@ -82,6 +82,11 @@ class Service:
             seconds += passes * self.shape.params * BYTES[self.dtype] / self.cluster.links(self.ranks)
         return seconds + self.rates.call_s + self.rates.row_s * len(lengths) / self.ranks
 
+    def forward_apart(self, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
+        """Of several groups in one call, no two of them in one micro-batch."""
+        together = sum(self.forward(lengths, responses) for lengths, responses in groups)
+        return together - (len(groups) - 1) * self.rates.call_s
+
     def update(self, lengths: Sequence[int], responses: Sequence[int], optimizer: Optimizer) -> float:
         """One optimizer step: a backward pass is two forward passes, and one more where activations are
         recomputed; then the optimizer's bytes; then what ranks tell each other."""

@@ -74,10 +74,20 @@ def _lengths(records: Tensor) -> tuple[list[int], list[int]]:
     return records.sum(1).tolist(), records[:, 1].tolist()
 
 
+def _group_lengths(group: Sequence[Rollout]) -> tuple[list[int], list[int]]:
+    return _lengths(torch.tensor([rollout.tokens for rollout in group]))
+
+
 class SimulatedScorer(_Alive):
     def __init__(self, seats: Seats, service: Service) -> None:
         self.seats, self.service = seats, service
         self._coming = Coalescer([self._score_groups])
+        self._turn = asyncio.Lock()
+
+    async def _work(self, seconds: float, phase: str) -> None:
+        """One call at a time, in the order in which they were asked."""
+        async with self._turn:
+            await self.seats.work(seconds, phase)
 
     async def score(self, batch: Batch) -> Tensor:
         await self._forward(batch.tokens)
@@ -91,11 +101,11 @@ class SimulatedScorer(_Alive):
         return await self._coming.ask(rollouts)
 
     async def _score_groups(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Tensor]]:
-        await self._forward(torch.tensor([rollout.tokens for group in groups for rollout in group]))
+        await self._work(self.service.forward_apart([_group_lengths(group) for group in groups]), "score")
         return [[torch.zeros(2) for _ in group] for group in groups]
 
     async def _forward(self, tokens: Tensor) -> None:
-        await self.seats.work(self.service.forward(*_lengths(tokens)), "score")
+        await self._work(self.service.forward(*_lengths(tokens)), "score")
 
 
 class SimulatedLearner(SimulatedScorer):
@@ -105,7 +115,7 @@ class SimulatedLearner(SimulatedScorer):
 
     async def update(self, minibatch: Minibatch) -> Metrics:
         lengths, responses = _lengths(minibatch.records.tokens[minibatch.rows])
-        await self.seats.work(self.service.update(lengths, responses, self.optimizer), "update")
+        await self._work(self.service.update(lengths, responses, self.optimizer), "update")
         return {}
 
     async def saved(self, wait: bool = False) -> bool:
@@ -130,7 +140,7 @@ class SimulatedPolicy(SimulatedLearner):
         pass
 
     async def send_weights(self, version: int) -> WeightReceipt:
-        await self.seats.work(self.service.sync(self.engines), "sync")
+        await self._work(self.service.sync(self.engines), "sync")
         return WeightReceipt(
             version=version, checksums={}, who="actor", num_bytes=self.service.shape.params * 2
         )
@@ -139,7 +149,7 @@ class SimulatedPolicy(SimulatedLearner):
         pass
 
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
-        await self.seats.work(self.service.forward([len(tokens)], [len(tokens)]), "probe")
+        await self._work(self.service.forward([len(tokens)], [len(tokens)]), "probe")
         return [0.0]
 
 
@@ -155,8 +165,8 @@ class SimulatedReward(_Alive):
     ) -> Callable[[list[Sequence[Rollout]]], Awaitable[Sequence[list[ScoredRollout]]]]:
         async def answer(groups: list[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
             if self.service is not None:
-                tokens = torch.tensor([rollout.tokens for group in groups for rollout in group])
-                await seats.work(self.service.forward(*_lengths(tokens)), "reward")
+                apart = self.service.forward_apart([_group_lengths(group) for group in groups])
+                await seats.work(apart, "reward")
             return [[ScoredRollout(rollout=r, reward=self._judged(r)) for r in group] for group in groups]
 
         return answer

@@ -112,13 +112,16 @@ def test_a_learner_takes_one_call_at_a_time_however_many_cores_are_free():
     assert run_virtually(ends()) == pytest.approx([2.0, 4.0, 7.0])
 
 
-def test_groups_of_one_call_are_computed_apart():
-    """Two groups of one layer launch each and one call: 2 x (30 launches of 1 s) + 100 s."""
+@pytest.mark.parametrize(("ranks", "passes"), [(1, 3), (2, 2), (4, 1)])
+def test_groups_of_one_call_are_computed_apart(ranks, passes):
+    """Three groups of two rows that would fit one micro-batch, dealt over the ranks: launches of 1 s a layer,
+    and a call of 100 s."""
     rates = replace(FREE, layer_s=1.0, call_s=100.0)
     shape = NAMED["smollm2-135m"]
-    service = Service(shape=shape, rates=rates, cluster=parse_cluster("1x2xcpu"), dtype="float32")
+    cluster = parse_cluster("1x8xcpu")
+    service = Service(shape=shape, rates=rates, cluster=cluster, dtype="float32", ranks=ranks)
     group = ([3, 4], [1, 2])
-    assert service.forward_apart([group, group]) == pytest.approx(2 * shape.layers + 100.0)
+    assert service.forward_apart([group] * 3) == pytest.approx(passes * shape.layers + 100.0)
 
 
 def test_waiting_for_nothing_is_an_error_and_not_a_hang():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.balance import plan
+from orchestrator.balance import plan, plan_apart
 from orchestrator.config import Optimizer
 from orchestrator.plan.devices import Cluster, Device
 from orchestrator.plan.memory import BYTES, zero_stage
@@ -76,21 +76,31 @@ class Service:
 
     def forward(self, lengths: Sequence[int], responses: Sequence[int]) -> float:
         """Of the largest share of these sequences (their tokens; those of their responses), call included."""
-        passes, padded, asked, pairs = self._share(lengths, responses)
+        return self._forward(self._share(lengths), lengths, responses)
+
+    def forward_apart(self, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
+        """Of several groups in one call, no two of them in one micro-batch."""
+        lengths = [length for own, _ in groups for length in own]
+        responses = [length for _, own in groups for length in own]
+        budget = max(self.micro_batch_tokens, *lengths)
+        sizes = [len(own) for own, _ in groups]
+        shares = plan_apart(lengths, sizes, num_ranks=self.ranks, token_budget=budget)
+        largest = max(shares, key=lambda parts: self._counted(parts, lengths, responses)[1])
+        return self._forward(largest, lengths, responses)
+
+    def _forward(
+        self, parts: Sequence[Sequence[int]], lengths: Sequence[int], responses: Sequence[int]
+    ) -> float:
+        passes, padded, asked, pairs = self._counted(parts, lengths, responses)
         seconds = self._operations(padded, asked, pairs) / self.flops + self._launches(passes)
         if self.sharded and self.ranks > 1:  # every forward pass gathers the weights
             seconds += passes * self.shape.params * BYTES[self.dtype] / self.cluster.links(self.ranks)
         return seconds + self.rates.call_s + self.rates.row_s * len(lengths) / self.ranks
 
-    def forward_apart(self, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
-        """Of several groups in one call, no two of them in one micro-batch."""
-        together = sum(self.forward(lengths, responses) for lengths, responses in groups)
-        return together - (len(groups) - 1) * self.rates.call_s
-
     def update(self, lengths: Sequence[int], responses: Sequence[int], optimizer: Optimizer) -> float:
         """One optimizer step: a backward pass is two forward passes, and one more where activations are
         recomputed; then the optimizer's bytes; then what ranks tell each other."""
-        passes, padded, asked, pairs = self._share(lengths, responses)
+        passes, padded, asked, pairs = self._counted(self._share(lengths), lengths, responses)
         times = 4 if self.checkpointing else 3
         seconds = times * (self._operations(padded, asked, pairs) / self.flops + self._launches(passes))
         P, d = self.shape.params, BYTES[self.dtype]
@@ -125,16 +135,22 @@ class Service:
             return self.rates.sync_s + moved / min(self.rates.sync_bandwidth, self.cluster.links(self.ranks))
         return self.rates.sync_s + moved * times / self.rates.sync_bandwidth
 
-    def _share(self, lengths: Sequence[int], responses: Sequence[int]) -> tuple[int, float, float, float]:
-        """Of the rank with the longest sequences: micro-batches, padded tokens, response tokens, pairs of
-        tokens in attention."""
+    def _share(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Rows of the rank with the longest sequences, by micro-batch."""
         mine = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:: self.ranks]
         own = [lengths[row] for row in mine]
         (parts,) = plan(own, num_ranks=1, token_budget=max(self.micro_batch_tokens, own[0]))
-        widths = [(max(own[row] for row in part), len(part)) for part in parts if part]
+        return [[mine[row] for row in part] for part in parts]
+
+    def _counted(
+        self, parts: Sequence[Sequence[int]], lengths: Sequence[int], responses: Sequence[int]
+    ) -> tuple[int, float, float, float]:
+        """Of these micro-batches: how many, padded tokens, response tokens, pairs of tokens in attention."""
+        widths = [(max(lengths[row] for row in part), len(part)) for part in parts if part]
         padded = sum(width * rows for width, rows in widths)
         pairs = sum(width * width * rows / 2 for width, rows in widths)
-        return len(parts), padded, float(sum(responses[row] for row in mine)), pairs
+        asked = sum(responses[row] for part in parts for row in part)
+        return len(widths), float(padded), float(asked), pairs
 
     def _operations(self, padded: float, asked: float, pairs: float) -> float:
         shape = self.shape

@@ -123,12 +123,15 @@ def quartet_step(work: Work, mode: str) -> tuple[float, dict[str, float]]:
     longest = work.tokens + 64
     threads_of_engine = threads if work.micro_batch else 1  # a second one only costs a small model
     rows = work.micro_batch or together
+    # Behind the generation of another step nothing is gained by scoring the groups of this one by one.
+    at_once = not work.micro_batch and mode != "synchronous"
+    scored_at_once = [f"rl.score_tokens={together * work.tokens}"] if at_once else []
     overrides = [
         f"run_dir={folder}", f"model.path={work.folder / 'model'}", "model.dtype=float32",
         f"model.max_length={longest}", reward, f"rl.prompts.path={prompts}", f"rl.steps={work.steps}",
         f"rl.prompts_per_step={work.prompts}", f"rl.samples_per_prompt={work.samples}",
         f"rl.sampling.max_new_tokens={work.tokens}", "rl.samples_every=0",
-        *([] if work.micro_batch else [f"rl.score_tokens={together * work.tokens}"]),  # one pass a role
+        *scored_at_once,
         f"rl.algorithm.name={work.algorithm}",
         f"rl.algorithm.kl_coef={0.05 if work.algorithm == 'ppo' else 0}",
         *(f"roles.{role}.cpus_per_worker=0.3" for role in roles), "engine.cpus_per_worker=0.3",

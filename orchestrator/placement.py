@@ -8,6 +8,7 @@ worker k of each lives in bundle k, and each takes an equal part of its GPU.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from orchestrator.config import Run
 
@@ -85,9 +86,15 @@ def needs(run: Run, roles: Sequence[str]) -> dict[str, Need]:
 
 def layout(run: Run, roles: Sequence[str]) -> Layout:
     """Bundles and seats for the roles of a stage; shared groups keep only the roles the stage has."""
-    table = needs(run, roles)
-    shared: list[list[str]] = [[role for role in group if role in table] for group in run.placement.share]
-    alone: list[list[str]] = [[role] for role in roles if not any(role in group for group in shared)]
+    together = tuple(tuple(group) for group in run.placement.share)
+    return _layout(tuple(needs(run, roles).items()), together)
+
+
+@lru_cache(maxsize=64)  # a search asks again for each setting of memory, which changes no place
+def _layout(wanted: tuple[tuple[str, Need], ...], together: tuple[tuple[str, ...], ...]) -> Layout:
+    table = dict(wanted)
+    shared: list[list[str]] = [[role for role in group if role in table] for group in together]
+    alone: list[list[str]] = [[role] for role in table if not any(role in group for group in shared)]
     groups: list[tuple[Resources, ...]] = []
     seats: dict[str, tuple[Seat, ...]] = {}
     for members in [group for group in [*shared, *alone] if group]:

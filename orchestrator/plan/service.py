@@ -76,7 +76,7 @@ class Service:
 
     def forward(self, lengths: Sequence[int], responses: Sequence[int]) -> float:
         """Of the largest share of these sequences (their tokens; those of their responses), call included."""
-        return self._forward(self._share(lengths), lengths, responses)
+        return self._forward(self._counted(self._share(lengths), lengths, responses), len(lengths))
 
     def forward_apart(self, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
         """Of several groups in one call, no two of them in one micro-batch."""
@@ -85,17 +85,16 @@ class Service:
         budget = max(self.micro_batch_tokens, *lengths)
         sizes = [len(own) for own, _ in groups]
         shares = plan_apart(lengths, sizes, num_ranks=self.ranks, token_budget=budget)
-        largest = max(shares, key=lambda parts: self._counted(parts, lengths, responses)[1])
-        return self._forward(largest, lengths, responses)
+        largest = max((self._counted(parts, lengths, responses) for parts in shares), key=lambda own: own[1])
+        return self._forward(largest, len(lengths))
 
-    def _forward(
-        self, parts: Sequence[Sequence[int]], lengths: Sequence[int], responses: Sequence[int]
-    ) -> float:
-        passes, padded, asked, pairs = self._counted(parts, lengths, responses)
+    def _forward(self, counted: tuple[int, float, float, float], rows: int) -> float:
+        """Of what one rank has of a call of ``rows`` sequences."""
+        passes, padded, asked, pairs = counted
         seconds = self._operations(padded, asked, pairs) / self.flops + self._launches(passes)
         if self.sharded and self.ranks > 1:  # every forward pass gathers the weights
             seconds += passes * self.shape.params * BYTES[self.dtype] / self.cluster.links(self.ranks)
-        return seconds + self.rates.call_s + self.rates.row_s * len(lengths) / self.ranks
+        return seconds + self.rates.call_s + self.rates.row_s * rows / self.ranks
 
     def update(self, lengths: Sequence[int], responses: Sequence[int], optimizer: Optimizer) -> float:
         """One optimizer step: a backward pass is two forward passes, and one more where activations are

@@ -75,7 +75,7 @@ def _lengths(records: Tensor) -> tuple[list[int], list[int]]:
 
 
 def _group_lengths(group: Sequence[Rollout]) -> tuple[list[int], list[int]]:
-    return _lengths(torch.tensor([rollout.tokens for rollout in group]))
+    return [sum(rollout.tokens) for rollout in group], [rollout.tokens[1] for rollout in group]
 
 
 class SimulatedScorer(_Alive):

@@ -9,9 +9,11 @@ import pytest
 import torch
 import yaml
 
+import orchestrator.plan.cast
 from launch.cli import main
 from orchestrator.config import Optimizer, Run
 from orchestrator.plan.calibration import read_calibration
+from orchestrator.plan.cast import copies_in
 from orchestrator.plan.devices import DEVICES, parse_cluster
 from orchestrator.plan.fit import Planned, fits
 from orchestrator.plan.memory import Overheads
@@ -100,7 +102,7 @@ def test_a_learner_takes_one_call_at_a_time_however_many_cores_are_free():
     minibatch = SimpleNamespace(records=SimpleNamespace(tokens=torch.ones(1, 2)), rows=[0])
 
     async def ends() -> list[float]:
-        learner, loop = SimulatedLearner(seats, service, Optimizer()), asyncio.get_running_loop()
+        learner, loop = SimulatedLearner(seats, service, Optimizer(), copies=1), asyncio.get_running_loop()
 
         async def at_end(call) -> float:
             await call
@@ -245,6 +247,57 @@ def test_every_algorithm_has_a_schedule():
         run = small_run(algorithm=algorithm)
         run = run.model_copy(update={"roles": type(run.roles)(**critic, reference={"gpus": 1})})
         assert simulate(planned(run), replace(FREE, iteration_s=1.0)).step_s > 0
+
+
+def wide_run(engines: int, prompts: int) -> Run:
+    run = small_run(prompts_per_step=prompts, samples_per_prompt=8)
+    return run.model_copy(
+        update={"engine": run.engine.model_copy(update={"replicas": engines, "gpus": engines})}
+    )
+
+
+@pytest.mark.parametrize(("engines", "prompts", "minibatches", "copies"), [
+    (256, 2048, 1, 32), (256, 2048, 64, 32), (256, 2048, 512, 4), (6, 2048, 1, 2), (7, 2048, 1, 1),
+    (64, 64, 1, 1), (64, 128, 1, 2), (64, 128, 3, 1),
+])  # fmt: skip
+def test_one_prompt_stands_for_as_many_as_divide_engines_and_minibatches(
+    engines, prompts, minibatches, copies
+):
+    run = wide_run(engines, prompts)
+    updates = run.rl.updates.model_copy(update={"minibatches": minibatches})
+    assert copies_in(run.model_copy(update={"rl": run.rl.model_copy(update={"updates": updates})})) == copies
+
+
+def test_a_large_step_by_hand():
+    """16,384 rows, 64 for each engine: 10 s for their one token, then a millisecond each by the reference
+    (which has no GPU) and by the actor, and one for its probe."""
+    run = wide_run(engines=256, prompts=2048)
+    actor = run.roles.actor.model_copy(update={"micro_batch_tokens": 640})
+    run = run.model_copy(update={"roles": run.roles.model_copy(update={"actor": actor})})
+    found = simulate(planned(run), replace(FREE, iteration_s=10.0, row_s=1e-3))
+    assert found.step_s == pytest.approx(10 + 2 * 16.384 + 0.001, rel=1e-6)
+    assert found.tokens == 16_384 * 5
+    assert found.busy == pytest.approx((256 * 10 + 16.384 + 0.001) / 257 / found.step_s, rel=1e-6)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_what_is_left_out_of_a_large_step_hardly_changes_it(staleness, monkeypatch):
+    """Responses of many lengths: 1,024 sequences whole, and 256 that stand for them."""
+    run = long_answers(staleness).run
+    engines = run.engine.model_copy(update={"replicas": 16, "gpus": 16})
+    run = run.model_copy(
+        update={"engine": engines, "rl": run.rl.model_copy(update={"prompts_per_step": 128})}
+    )
+    plan = planned(run, response=300)
+    rates = replace(FREE, iteration_s=0.01, row_s=5e-3, slot_s=1e-5)
+    monkeypatch.setattr(orchestrator.plan.cast, "ENOUGH", 256)
+    assert copies_in(run) == 4
+    part = simulate(plan, rates)
+    monkeypatch.setattr(orchestrator.plan.cast, "ENOUGH", 10**6)
+    whole = simulate(plan, rates)
+    assert part.step_s == pytest.approx(whole.step_s, rel=0.05)
+    assert part.tokens == pytest.approx(whole.tokens, rel=0.1)
+    assert part.busy == pytest.approx(whole.busy, rel=0.1)
 
 
 def big_run(**fields) -> Run:

@@ -10,24 +10,15 @@ from orchestrator.batch import Batch, Prompt, ScoredRollout
 from orchestrator.driver_state import DriverState
 from orchestrator.ledger import Ledger
 from orchestrator.loop import train
-from orchestrator.placement import layout
-from orchestrator.plan.fit import Planned, asleep_bytes, setting_of
-from orchestrator.plan.memory import Job, kv_capacity, worker_memory
-from orchestrator.plan.service import Rates, Service
-from orchestrator.plan.simulated import (
-    Seats,
-    SimulatedEngine,
-    SimulatedFleet,
-    SimulatedLearner,
-    SimulatedPolicy,
-    SimulatedReward,
-    SimulatedScorer,
-)
+from orchestrator.plan.cast import cast, copies_in
+from orchestrator.plan.fit import Planned
+from orchestrator.plan.service import Rates
+from orchestrator.plan.simulated import SimulatedFleet, SimulatedLearner
 from orchestrator.plan.stages import Stage, stages
 from orchestrator.plan.virtual import Place, run_virtually
 from orchestrator.plan.workload import Workload
 from orchestrator.publish import Probe
-from orchestrator.roles import Metrics, Roles
+from orchestrator.roles import Metrics
 from orchestrator.shaping import RunningStats
 from orchestrator.timed import timed
 from orchestrator.timeline import StepTimes, Timeline
@@ -103,10 +94,14 @@ async def _simulate(plan: Planned, stage: Stage, rates: Rates, workload: Workloa
     assert rl is not None
     warm = 1 + 2 * rl.staleness
     measured = PERIODS * (rl.staleness + 1)
-    rl = rl.model_copy(update={"steps": warm + measured, "critic_warmup": 0})
+    copies = copies_in(plan.run)
+    prompts_per_step = rl.prompts_per_step // copies
+    rl = rl.model_copy(
+        update={"steps": warm + measured, "critic_warmup": 0, "prompts_per_step": prompts_per_step}
+    )
     loop = asyncio.get_running_loop()
     timeline = Timeline(clock=loop.time)
-    places, roles = build(plan, stage, rates, workload)
+    places, roles = cast(plan, stage, rates, workload, copies=copies)
     if plan.run.placement.take_turns:
         share = plan.run.placement.share
         roles = taking_turns(roles, frozenset(role for g in share if "engine" in g for role in g))
@@ -121,10 +116,10 @@ async def _simulate(plan: Planned, stage: Stage, rates: Rates, workload: Workloa
         rl, timed(roles, timeline), Ledger(prompts, seed=plan.run.seed), observer=record, probe=probe,
         start=start, seed=plan.run.seed, pad_id=0,
     )  # fmt: skip
-    return _summary(record, places, warm)
+    return _summary(record, places, warm, copies)
 
 
-def _summary(record: _Record, places: Sequence[tuple[Place, float]], warm: int) -> Prediction:
+def _summary(record: _Record, places: Sequence[tuple[Place, float]], warm: int, copies: int) -> Prediction:
     steps = record.steps[warm:]
     wall = sum(step.wall_s for step in steps)
     begin = sum(step.wall_s for step in record.steps[:warm])
@@ -133,7 +128,7 @@ def _summary(record: _Record, places: Sequence[tuple[Place, float]], warm: int) 
     return Prediction(
         step_s=wall / len(steps), low_s=0.0, high_s=0.0,
         seconds={str(name): sum(step.seconds.get(name, 0.0) for step in steps) / len(steps) for name in
-        names}, tokens=sum(record.tokens[warm:]) / len(steps), busy=busy, idle=idle,
+        names}, tokens=copies * sum(record.tokens[warm:]) / len(steps), busy=busy, idle=idle,
     )  # fmt: skip
 
 
@@ -174,103 +169,13 @@ def idle_shares(
     return busy / device_s, {cause: s / device_s for cause, s in idle.items() if s > 1e-9 * device_s}
 
 
-def build(
-    plan: Planned, stage: Stage, rates: Rates, workload: Workload
-) -> tuple[list[tuple[Place, float]], Roles]:
-    """The places, each with the number of devices it stands for, and the roles on them."""
-    run, cluster = plan.run, plan.cluster
-    jobs = {job.role: job for job in stage.jobs}
-    seats, places = _seats(plan, stage, rates)
-    setting = setting_of(plan, stage)
-    engine_shape = jobs["engine"].shape
-    assert engine_shape is not None
-
-    def service(job: Job) -> Service:
-        own = getattr(run.roles, job.role)
-        stage_3 = job.optimizer is not None and job.optimizer.zero_stage == 3
-        assert job.shape is not None
-        return Service(
-            shape=job.shape, rates=rates, cluster=cluster, dtype=run.model.dtype, ranks=own.num_workers,
-            threads=1 if own.gpus else own.threads, micro_batch_tokens=own.micro_batch_tokens,
-            checkpointing=run.model.gradient_checkpointing, sharded=stage_3,
-        )  # fmt: skip
-
-    engine = Service(
-        shape=engine_shape, rates=rates, cluster=cluster, dtype=run.engine.dtype or run.model.dtype,
-        ranks=run.engine.tensor_parallel, threads=1 if run.engine.gpus else run.engine.threads,
-    )  # fmt: skip
-    cache = kv_capacity(setting, engine_shape)
-    engines = [
-        SimulatedEngine(one, engine, max_num_seqs=run.engine.max_num_seqs, cache_tokens=cache)
-        for one in seats["engine"]
-    ]
-    actor, reward = jobs["actor"], jobs["reward"]
-    policy = service(actor)
-    together = {role: Seats(places=tuple(p for one in each for p in one.places), demand=each[0].demand)
-                for role, each in seats.items()}  # fmt: skip
-    assert actor.optimizer is not None
-    critic = jobs.get("critic")
-    judge = None if reward.shape is None else replace(service(reward), ranks=1)
-    roles = Roles(
-        actor=SimulatedPolicy(together["actor"], policy, actor.optimizer, engines=run.engine.replicas),
-        engine=SimulatedFleet(engines, workload, seed=run.seed, sync_s=policy.sync(1)),
-        reward=SimulatedReward(seats["reward"], judge, seed=run.seed),
-        critic=None
-        if critic is None or critic.optimizer is None
-        else SimulatedLearner(together["critic"], service(critic), critic.optimizer),
-        reference=SimulatedScorer(together["reference"], service(jobs["reference"]))
-        if "reference" in jobs
-        else None,
-    )
-    for name, role in roles.all():
-        worker = worker_memory(setting, jobs[name])
-        role.resident_bytes = asleep_bytes(worker)  # type: ignore[attr-defined]
-    return places, roles
-
-
-def _seats(
-    plan: Planned, stage: Stage, rates: Rates
-) -> tuple[dict[str, list[Seats]], list[tuple[Place, float]]]:
-    """A place per node of cores. On GPUs one for all that do the same at once: the data-parallel workers of
-    a group of roles; but one for each engine and each worker of the reward, which do not."""
-    run, cluster = plan.run, plan.cluster
-    seats: dict[str, list[Seats]] = {}
-    places: list[tuple[Place, float]] = []
-    if cluster.device.is_cpu:
-        cores = cluster.per_node * rates.sharing
-        nodes = [Place(f"node {k}", max(1.0, cores)) for k in range(cluster.nodes)]
-        for role in stage.roles:
-            engine = role == "engine"
-            workers = run.engine.replicas if engine else getattr(run.roles, role).num_workers
-            threads = run.engine.threads if engine else getattr(run.roles, role).threads
-            demand = float(threads * (run.engine.tensor_parallel if engine else 1))
-            seats[role] = [Seats(places=(nodes[k % len(nodes)],), demand=demand) for k in range(workers)]
-        return seats, [(node, 1.0) for node in nodes]
-    found = layout(run, stage.roles)
-    for group, bundles in enumerate(found.groups):
-        members = [role for role, at in found.seats.items() if at[0].group == group]
-        devices = sum(bundle.get("GPU", 0.0) for bundle in bundles)
-        apart = len(members) == 1 and members[0] in ("engine", "reward")
-        count = len(bundles) if apart else 1
-        made = [Place(f"{'+'.join(members)} {k}") for k in range(count)]
-        places += [(place, devices / count) for place in made if devices]
-        for role in members:
-            number = run.engine.replicas if role == "engine" else len(found.seats[role])
-            if role in ("engine", "reward"):
-                share = 1.0 if apart else 1.0 / number
-                seats[role] = [Seats(places=(made[k % count],), demand=share) for k in range(number)]
-            else:
-                seats[role] = [Seats(places=(made[0],), demand=1.0)]
-    return seats, places
-
-
 def estimate(plan: Planned, rates: Rates) -> float:
     """Seconds of a step without a queue, for ranking: sequences of mean length, engines always full, roles
     on the same devices one after the other, generation beside the rest where staleness lets it."""
     (stage,) = [each for each in stages(plan.run, plan.shapes, plan.workload) if each.name == "rl"]
     rl, flow, run = plan.run.rl, plan.workload, plan.run
     assert rl is not None and flow is not None
-    _, roles = build(plan, stage, rates, flow)
+    _, roles = cast(plan, stage, rates, flow)
     batch = rl.prompts_per_step * rl.samples_per_prompt
     minibatch = batch // rl.updates.minibatches
     whole, answer = round(flow.mean), round(flow.response)

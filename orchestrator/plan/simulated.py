@@ -2,7 +2,8 @@
 against to see its schedule.
 
 A simulated sequence has two tokens: the first says how long its prompt is, the second how long its response.
-So the loop stacks, shuffles and cuts real records, and every role reads the lengths off the rows it is given.
+So the loop stacks, shuffles and cuts real records, and every role reads the lengths off the rows it is given,
+each for as many ``copies`` as it stands for (cast.py).
 
     SimulatedFleet    prompts to the engine with the least work, as actors/fleet.py
     SimulatedEngine   a queue of requests over a batch with a limit: admit, prefill, decode, let go
@@ -69,18 +70,22 @@ class _Alive:
         pass
 
 
-def _lengths(records: Tensor) -> tuple[list[int], list[int]]:
-    """[n, 2] -> whole lengths and those of the responses."""
-    return records.sum(1).tolist(), records[:, 1].tolist()
+Lengths = tuple[list[int], list[int]]  # of whole sequences, of their responses
 
 
-def _group_lengths(group: Sequence[Rollout]) -> tuple[list[int], list[int]]:
-    return [sum(rollout.tokens) for rollout in group], [rollout.tokens[1] for rollout in group]
+def _lengths(records: Tensor, copies: int) -> Lengths:
+    """Of records [n, 2], each counted ``copies`` times."""
+    return records.sum(1).tolist() * copies, records[:, 1].tolist() * copies
+
+
+def _group_lengths(groups: Sequence[Sequence[Rollout]], copies: int) -> list[Lengths]:
+    """Of each group, ``copies`` times."""
+    return [([sum(r.tokens) for r in group], [r.tokens[1] for r in group]) for group in groups] * copies
 
 
 class SimulatedScorer(_Alive):
-    def __init__(self, seats: Seats, service: Service) -> None:
-        self.seats, self.service = seats, service
+    def __init__(self, seats: Seats, service: Service, *, copies: int) -> None:
+        self.seats, self.service, self.copies = seats, service, copies
         self._coming = Coalescer([self._score_groups])
         self._turn = asyncio.Lock()
 
@@ -101,21 +106,21 @@ class SimulatedScorer(_Alive):
         return await self._coming.ask(rollouts)
 
     async def _score_groups(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Tensor]]:
-        await self._work(self.service.forward_apart([_group_lengths(group) for group in groups]), "score")
+        await self._work(self.service.forward_apart(_group_lengths(groups, self.copies)), "score")
         return [[torch.zeros(2) for _ in group] for group in groups]
 
     async def _forward(self, tokens: Tensor) -> None:
-        await self._work(self.service.forward(*_lengths(tokens)), "score")
+        await self._work(self.service.forward(*_lengths(tokens, self.copies)), "score")
 
 
 class SimulatedLearner(SimulatedScorer):
-    def __init__(self, seats: Seats, service: Service, optimizer: Optimizer) -> None:
-        super().__init__(seats, service)
+    def __init__(self, seats: Seats, service: Service, optimizer: Optimizer, *, copies: int) -> None:
+        super().__init__(seats, service, copies=copies)
         self.optimizer = optimizer
 
     async def update(self, minibatch: Minibatch) -> Metrics:
-        lengths, responses = _lengths(minibatch.records.tokens[minibatch.rows])
-        await self._work(self.service.update(lengths, responses, self.optimizer), "update")
+        lengths = _lengths(minibatch.records.tokens[minibatch.rows], self.copies)
+        await self._work(self.service.update(*lengths, self.optimizer), "update")
         return {}
 
     async def saved(self, wait: bool = False) -> bool:
@@ -132,8 +137,10 @@ class SimulatedLearner(SimulatedScorer):
 
 
 class SimulatedPolicy(SimulatedLearner):
-    def __init__(self, seats: Seats, service: Service, optimizer: Optimizer, *, engines: int) -> None:
-        super().__init__(seats, service, optimizer)
+    def __init__(
+        self, seats: Seats, service: Service, optimizer: Optimizer, *, engines: int, copies: int
+    ) -> None:
+        super().__init__(seats, service, optimizer, copies=copies)
         self.engines = engines
 
     async def open_channel(self, num_receivers: int) -> None:
@@ -156,8 +163,8 @@ class SimulatedPolicy(SimulatedLearner):
 class SimulatedReward(_Alive):
     """A model, or functions that take no time; each worker answers one call at a time, of all that waits."""
 
-    def __init__(self, workers: Sequence[Seats], service: Service | None, *, seed: int) -> None:
-        self.service, self._seed = service, seed
+    def __init__(self, workers: Sequence[Seats], service: Service | None, *, seed: int, copies: int) -> None:
+        self.service, self._seed, self.copies = service, seed, copies
         self._coming = Coalescer([self._server(seats) for seats in workers])
 
     def _server(
@@ -165,7 +172,7 @@ class SimulatedReward(_Alive):
     ) -> Callable[[list[Sequence[Rollout]]], Awaitable[Sequence[list[ScoredRollout]]]]:
         async def answer(groups: list[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
             if self.service is not None:
-                apart = self.service.forward_apart([_group_lengths(group) for group in groups])
+                apart = self.service.forward_apart(_group_lengths(groups, self.copies))
                 await seats.work(apart, "reward")
             return [[ScoredRollout(rollout=r, reward=self._judged(r)) for r in group] for group in groups]
 

@@ -23,6 +23,7 @@ import psutil
 
 from actors.engine_children import processes, pulse_of, require
 from actors.engine_params import Device, drawing, environment, is_eager, reading, tokenizer_and_ends
+from actors.engine_sockets import remove_own_folder, socket_folder
 from actors.vital_signs import NoWeights, ProcessGone, Pulse, RosterLine, VitalSigns
 from actors.weights.wire import Address, ServedAdapter, Transport
 from actors.worker import settle_heap
@@ -64,7 +65,7 @@ class EngineWorker(VitalSigns):
     ) -> None:
         """``adapter``: the actor's, which is then all that an update brings; None: whole weights.
         ``sleeps``: it will be told to leave its devices to others."""
-        os.environ.update(environment(config, device))
+        os.environ.update(environment(config, device) | socket_folder())
         self._config, self._model, self._revision, self._dtype = config, model, revision, dtype
         self._max_length, self._index, self._device, self._transport = max_length, index, device, transport
         self._serves, self._sleeps = adapter, sleeps
@@ -313,4 +314,5 @@ class EngineWorker(VitalSigns):
         left = [psutil.Process(pid) for pid in self._children if psutil.pid_exists(pid)]
         for process in psutil.wait_procs(left, timeout=5)[1]:
             process.kill()
+        remove_own_folder()
         del self._llm  # its destructor shuts down again, too late when the interpreter does

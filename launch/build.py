@@ -13,6 +13,7 @@ from actors.backbone import Backbone
 from actors.backbone_group import BackboneGroup, BackboneReference, BackboneReward
 from actors.critic import Critic
 from actors.elastic_fleet import ElasticFleet
+from actors.engine_sockets import remove_dead_folders
 from actors.fleet import EngineFleet
 from actors.group import (
     ActorGroup,
@@ -90,6 +91,7 @@ class Crew:
         self.cluster.release()
         self.cluster.forget()
         self.cluster.trace.write_rest()
+        remove_dead_folders()
 
     async def policy(
         self, model: Model, optimizer: Optimizer, *, steps: int, loss: LossFunction

@@ -2,7 +2,7 @@
 
 Victims come from ``roster.json``, never from process titles. Two invariants after every fault: the uids that
 were trained are those that were planned, each once; and nothing is left: no process, no file outside the run
-directory.
+directory, no socket of an engine that is gone.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from actors.engine_sockets import dead_folders
 from orchestrator.ledger import Ledger
 from tests.fakes import prompt
 from tests.models import tiny_model
@@ -172,6 +173,7 @@ class Rig:
             assert time.monotonic() < ends, left
             time.sleep(0.2)
         assert self._outside() == self.outside
+        assert dead_folders() == []
 
     def left_over(self) -> list[str]:
         """Processes that worked for this run and still do."""

@@ -16,6 +16,7 @@ from launch.leftovers import end_leftovers
 from launch.recovery import TrainedLog, through_losses
 from orchestrator.incidents import RestartsSpent
 from orchestrator.ledger import Settled
+from tests.chaos.soak import quiet_gaps
 
 
 class Crew:
@@ -132,3 +133,9 @@ def test_leftovers_of_a_killed_driver_are_ended_and_nobody_else(tmp_path):
         for process in (worker, stranger, elsewhere):
             process.kill()
             process.wait()
+
+
+def test_the_soaks_pace_is_of_steps_that_no_fault_touches():
+    """Ends at 1, 2, 4, 9, 10; dead from 3.5 to 8: the steps of 2 and 5 s do not count."""
+    assert quiet_gaps([1.0, 2.0, 4.0, 9.0, 10.0], [(3.5, 8.0)]) == [1.0, 1.0]
+    assert quiet_gaps([1.0, 2.0], []) == [1.0]

@@ -159,6 +159,7 @@ class Rig:
         self.check_ledger()
         assert len(self.seen) > len(self.roster())  # there was something to see
         self.check_hygiene(AGENTS_END_S)
+        assert dead_folders() == []  # a killed driver's go when the run is resumed
 
     def check_ledger(self) -> None:
         order = Ledger([prompt(row) for row in range(NUM_PROMPTS)], seed=3).prompts()
@@ -173,7 +174,6 @@ class Rig:
             assert time.monotonic() < ends, left
             time.sleep(0.2)
         assert self._outside() == self.outside
-        assert dead_folders() == []
 
     def left_over(self) -> list[str]:
         """Processes that worked for this run and still do."""

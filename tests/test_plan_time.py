@@ -265,7 +265,9 @@ def test_one_prompt_stands_for_as_many_as_divide_engines_and_minibatches(
 ):
     run = wide_run(engines, prompts)
     updates = run.rl.updates.model_copy(update={"minibatches": minibatches})
-    assert copies_in(run.model_copy(update={"rl": run.rl.model_copy(update={"updates": updates})})) == copies
+    run = run.model_copy(update={"rl": run.rl.model_copy(update={"updates": updates})})
+    assert copies_in(planned(run)) == copies
+    assert copies_in(planned(run, parse_cluster("128x8xcpu"))) == 1
 
 
 def test_a_large_step_by_hand():
@@ -291,7 +293,7 @@ def test_what_is_left_out_of_a_large_step_hardly_changes_it(staleness, monkeypat
     plan = planned(run, response=300)
     rates = replace(FREE, iteration_s=0.01, row_s=5e-3, slot_s=1e-5)
     monkeypatch.setattr(orchestrator.plan.cast, "ENOUGH", 256)
-    assert copies_in(run) == 4
+    assert copies_in(plan) == 4
     part = simulate(plan, rates)
     monkeypatch.setattr(orchestrator.plan.cast, "ENOUGH", 10**6)
     whole = simulate(plan, rates)

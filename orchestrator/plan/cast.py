@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from orchestrator.config import Run
 from orchestrator.placement import layout
 from orchestrator.plan.fit import Planned, asleep_bytes, setting_of
 from orchestrator.plan.memory import Job, kv_capacity, worker_memory
@@ -32,13 +31,13 @@ from orchestrator.roles import Roles
 ENOUGH = 512  # sequences of a step: so many are simulated at least
 
 
-def copies_in(run: Run) -> int:
+def copies_in(plan: Planned) -> int:
     """For how many prompts one simulated prompt stands. Example: 2048 prompts x 8 samples on 256 engines: 32,
     so that 64 prompts are sampled by 8 engines."""
-    rl = run.rl
-    if rl is None or not run.engine.gpus or rl.prompts_per_step % rl.updates.minibatches:
-        return 1
-    alike = math.gcd(run.engine.replicas, rl.prompts_per_step // rl.updates.minibatches)
+    rl = plan.run.rl
+    if rl is None or plan.cluster.device.is_cpu or rl.prompts_per_step % rl.updates.minibatches:
+        return 1  # cores are shared by all that a node has: none stands for another
+    alike = math.gcd(plan.run.engine.replicas, rl.prompts_per_step // rl.updates.minibatches)
     most = rl.prompts_per_step * rl.samples_per_prompt // ENOUGH
     return max((n for n in range(1, min(alike, most) + 1) if alike % n == 0), default=1)
 

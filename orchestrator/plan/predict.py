@@ -94,7 +94,7 @@ async def _simulate(plan: Planned, stage: Stage, rates: Rates, workload: Workloa
     assert rl is not None
     warm = 1 + 2 * rl.staleness
     measured = PERIODS * (rl.staleness + 1)
-    copies = copies_in(plan.run)
+    copies = copies_in(plan)
     prompts_per_step = rl.prompts_per_step // copies
     rl = rl.model_copy(
         update={"steps": warm + measured, "critic_warmup": 0, "prompts_per_step": prompts_per_step}

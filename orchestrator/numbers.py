@@ -34,7 +34,8 @@ def non_finite(batch: Batch, scores: Mapping[str, Tensor]) -> dict[str, float]:
     if batch.baselines is not None:
         columns["baselines"] = ~batch.baselines.isfinite()
     for name, score in {"rollout_logprobs": batch.rollout_logprobs, **scores}.items():
-        columns[name] = ~score[batch.action_mask].isfinite()
+        if not score.sum().isfinite():  # a finite sum has finite terms only
+            columns[name] = ~score[batch.action_mask].isfinite()
     return {f"{NON_FINITE}{name}": float(bad.sum()) for name, bad in columns.items() if bad.any()}
 
 

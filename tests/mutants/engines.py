@@ -96,8 +96,8 @@ ENGINES = (
         name="the oldest token's version is not looked at",
         row="D5",
         file="orchestrator/loop.py",
-        old="oldest, newest = int(versions.min()), int(versions.max())",
-        new="oldest, newest = int(versions.max()), int(versions.max())",
+        old="batch.versions.where(batch.action_mask, step).aminmax()",
+        new="batch.versions.where(batch.action_mask, step).max().expand(2)",
         tests=(f"{LOOP}::test_one_token_of_other_weights_keeps_a_rollout_out_of_the_batch",),
     ),
     Mutant(

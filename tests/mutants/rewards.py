@@ -418,6 +418,14 @@ REWARDS = (
         tests=("tests/test_numbers.py::test_a_number_that_is_not_finite_costs_one_step_and_reaches_no_learner",),
     ),
     Mutant(
+        name="an infinite score counts as a number",
+        row="B16",
+        file="orchestrator/numbers.py",
+        old="if not score.sum().isfinite():",
+        new="if score.sum().isnan():",
+        tests=("tests/test_numbers.py::test_a_number_that_is_not_finite_costs_one_step_and_reaches_no_learner",),
+    ),
+    Mutant(
         name="running statistics count a batch twice",
         file="orchestrator/shaping.py",
         old="count, mean = self.count + len(new), float(new.mean())",

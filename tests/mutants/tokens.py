@@ -296,9 +296,10 @@ TOKENS = (
     Mutant(
         name="the engine gives log-probs of before the temperature",
         row="A11",
-        file="actors/engine.py",
-        old='logprobs_mode="processed_logprobs"',
-        new='logprobs_mode="raw_logprobs"',
+        file="actors/engine_sampler.py",
+        old="        logprobs = logits.gather(1, drawn) - ",
+        new="        logits = logits * asked.temperature[:, None]\n"
+        "        logprobs = logits.gather(1, drawn) - ",
         tests=("tests/test_engine.py::test_sampled_log_probs_are_those_of_the_tempered_policy[untied-0.7]",),
         slow=True,
     ),

@@ -279,6 +279,19 @@ def test_a_save_loads_on_other_ranks_and_stages(
         torch.testing.assert_close(tensor, next_[name], atol=2e-6, rtol=1e-5)
 
 
+def test_what_is_being_saved_does_not_move_with_the_next_step(folder: Path) -> None:
+    """BUGS E5: weights, moments and the average."""
+    worker = actor(alone(), folder, "float32", SCHEDULED, ema_decay=0.5)
+    worker.update(minibatch(), [[0, 2, 4, 1, 3, 5]])
+    tensors = worker.backend.snapshot().tensors
+    at_the_save = {name: tensor.clone() for name, tensor in tensors.items()}
+    worker.update(minibatch(), [[0, 2, 4, 1, 3, 5]])
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in at_the_save.items())
+    later = worker.backend.snapshot().tensors
+    moved = {name.split(":")[0] for name in tensors if not torch.equal(later[name], tensors[name])}
+    assert moved >= {"weight", "exp_avg", "exp_avg_sq", "average"}
+
+
 def test_a_state_that_is_not_finite_is_not_saved(folder: Path, tmp_path: Path) -> None:
     worker = actor(alone(), folder, "float32", SCHEDULED)
     with torch.no_grad():

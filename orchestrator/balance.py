@@ -8,11 +8,13 @@ rank with fewer would leave the others waiting. A rank may get an empty micro-ba
 with zero weights.
 """
 
+from bisect import bisect_left, insort_left
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 Plan = list[list[list[int]]]  # [rank][micro-batch] -> rows
 Unit = list[int]  # rows that stay together
+CUTS = 1024  # between so many places the best are looked for: more take seconds and save no padding
 
 
 def plan(lengths: Sequence[int], *, num_ranks: int, token_budget: int, units: Sequence[int] = ()) -> Plan:
@@ -20,9 +22,12 @@ def plan(lengths: Sequence[int], *, num_ranks: int, token_budget: int, units: Se
 
     Consecutive rows with equal numbers in ``units`` stay together (a preference pair, a ranking); empty: each
     row for itself. The fewest micro-batches that the budget allows (a multiple of the ranks), of these the
-    cut with the fewest padded tokens, then the micro-batches dealt so that ranks are done together.
+    cut with the fewest padded tokens (among ``CUTS`` places or a few more, where there are more units), then
+    the micro-batches dealt so that ranks are done together. Where the slowest rank is done sooner when none
+    is larger than so many must be, that cut.
 
-    Example, one rank, budget 12, lengths 2 6 2 6 2: [[1, 3], [0, 2, 4]], no padded token.
+    Example, one rank, budget 12, lengths 2 6 2 6 2: [[1, 3], [0, 2, 4]], no padded token. Two ranks, budget
+    12, lengths 3 3 3 3 1 1: [[0, 1, 2]] and [[3, 4, 5]], 9 tokens each; the cheapest cut has 12 and 2.
 
     Raises ValueError when a unit alone is over the budget.
     """
@@ -41,7 +46,18 @@ def plan(lengths: Sequence[int], *, num_ranks: int, token_budget: int, units: Se
             f"micro_batch_tokens={token_budget}; set it to {over} or more"
         )
     parts.sort(key=lambda part: -widths[part[0]])
-    return _dealt(_cut(parts, widths, num_ranks, token_budget), lengths, num_ranks)
+    begins = _filled(parts, widths, token_budget)
+    if len(parts) > CUTS:
+        edges = sorted({*begins, *range(0, len(parts), -(-len(parts) // CUTS))})
+        blocks = [parts[a:b] for a, b in pairwise([*edges, len(parts)])]
+        parts = [[row for part in block for row in part] for block in blocks]
+    count = -(-len(begins) // num_ranks) * num_ranks
+    found = _dealt(_cut(parts, widths, count, token_budget), lengths, num_ranks)
+    if num_ranks == 1:
+        return found
+    smallest = _smallest_budget(parts, widths, count, token_budget)
+    even = _dealt(_cut(parts, widths, count, smallest), lengths, num_ranks)
+    return min(found, even, key=lambda cut: max(_cost(rank, lengths) for rank in cut))
 
 
 def plan_apart(lengths: Sequence[int], sizes: Sequence[int], *, num_ranks: int, token_budget: int) -> Plan:
@@ -64,24 +80,40 @@ def plan_apart(lengths: Sequence[int], sizes: Sequence[int], *, num_ranks: int, 
 
 
 def _dealt(bins: Sequence[list[int]], lengths: Sequence[int], num_ranks: int) -> Plan:
-    costs = [max(lengths[row] for row in rows) * len(rows) if rows else 0 for rows in bins]
+    costs = [_cost([rows], lengths) for rows in bins]
     return [[sorted(bins[index]) for index in rank] for rank in _deal(costs, num_ranks)]
 
 
-def _cut(parts: list[Unit], widths: dict[int, int], num_ranks: int, budget: int) -> list[list[int]]:
-    """Units, widest first, into consecutive micro-batches: as few as fit, rounded up to a multiple of the
-    ranks (empty ones where there are fewer units), and of these cuts the cheapest, or the more
-    even of equals.
-    """
+def _cost(bins: Sequence[list[int]], lengths: Sequence[int]) -> int:
+    return sum(max(lengths[row] for row in rows) * len(rows) for rows in bins if rows)
+
+
+def _smallest_budget(parts: list[Unit], widths: dict[int, int], count: int, budget: int) -> int:
+    """With which ``count`` micro-batches still hold all units."""
+    budgets = range(max(widths[part[0]] * len(part) for part in parts), budget)
+    found = bisect_left(budgets, True, key=lambda less: len(_filled(parts, widths, less)) <= count)
+    return budgets.start + found
+
+
+def _filled(parts: list[Unit], widths: dict[int, int], budget: int) -> list[int]:
+    """Where micro-batches begin that are filled one after the other with units, widest first: as few as can
+    be, because widths only fall."""
+    begins, rows = [0], 0
+    for number, part in enumerate(parts):
+        rows += len(part)
+        if widths[parts[begins[-1]][0]] * rows > budget:
+            begins.append(number)
+            rows = len(part)
+    return begins
+
+
+def _cut(parts: list[Unit], widths: dict[int, int], count: int, budget: int) -> list[list[int]]:
+    """Units, widest first, into ``count`` consecutive micro-batches (empty ones where there are fewer units)
+    within the budget: of all such cuts the cheapest, or the more even of equals."""
     n, size = len(parts), [widths[part[0]] for part in parts]
     starts = [0, *accumulate(len(part) for part in parts)]
     costs = [width * len(part) for width, part in zip(size, parts, strict=True)]
     rest = [*accumulate(costs, lambda left, cost: left - cost, initial=sum(costs))]
-    fewest, begin = 1, 0
-    for j in range(1, n + 1):  # filling up greedily needs the fewest: widths only fall
-        if size[begin] * (starts[j] - starts[begin]) > budget:
-            fewest, begin = fewest + 1, j - 1
-    count = -(-fewest // num_ranks) * num_ranks
     filled = min(count, n)
     best: dict[int, tuple[int, int]] = {0: (0, 0)}
     cuts: list[dict[int, int]] = []
@@ -132,9 +164,15 @@ def _deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
         [(costs[index], [index]) for index in order[k : k + num_ranks]]
         for k in range(0, len(order), num_ranks)
     ]
+    answers.sort(key=_gap)
     while len(answers) > 1:
-        answers.sort(key=lambda ranks: ranks[-1][0] - ranks[0][0])  # widest gap first: the gap is negative
-        first, second, *rest = answers
-        merged = [(a + b, [*x, *y]) for (a, x), (b, y) in zip(first, reversed(second), strict=True)]
-        answers = [sorted(merged, key=lambda load: -load[0]), *rest]
+        first, second = answers[:2]
+        del answers[:2]
+        merged = [(a + b, x + y) for (a, x), (b, y) in zip(first, reversed(second), strict=True)]
+        insort_left(answers, sorted(merged, key=lambda load: -load[0]), key=_gap)
     return [sorted(indices, key=lambda index: -costs[index]) for _, indices in answers[0]]
+
+
+def _gap(ranks: list[tuple[int, list[int]]]) -> int:
+    """Negative, so that the widest comes first."""
+    return ranks[-1][0] - ranks[0][0]

@@ -90,20 +90,50 @@ def test_ranks_get_even_loads_by_largest_differencing():
     assert loads == [16, 17] and [len(share) for share in shares] == [3, 3]
 
 
-@pytest.mark.parametrize(("num_ranks", "num_rows"), [(1, 7), (2, 8), (2, 3)])
-def test_no_cut_pads_less(num_ranks, num_rows):
-    """Against every cut of the sorted rows into as many micro-batches, for twenty random sets of lengths."""
+def all_cuts(lengths, num_parts):
+    """Padded tokens of each part, of every cut of the sorted rows into so many."""
+    ordered = sorted(lengths, reverse=True)
+    for borders in itertools.combinations(range(1, len(ordered)), num_parts - 1):
+        cut = [ordered[a:b] for a, b in itertools.pairwise((0, *borders, len(ordered)))]
+        yield [rows[0] * len(rows) for rows in cut]
+
+
+def test_no_cut_pads_less():
+    for seed in range(20):
+        lengths = random.Random(seed).choices(range(1, 12), k=7)
+        (parts,) = plan(lengths, num_ranks=1, token_budget=16)
+        ours = [max(lengths[row] for row in rows) * len(rows) for rows in parts]
+        assert max(ours) <= 16
+        assert sum(ours) == min(sum(costs) for costs in all_cuts(lengths, len(parts)) if max(costs) <= 16)
+
+
+@pytest.mark.parametrize(("num_ranks", "num_rows"), [(2, 8), (2, 3), (3, 9), (4, 3)])
+def test_with_a_micro_batch_each_no_cut_lets_ranks_wait_less(num_ranks, num_rows):
     for seed in range(20):
         lengths = random.Random(seed).choices(range(1, 12), k=num_rows)
-        shares = plan(lengths, num_ranks=num_ranks, token_budget=16)
-        parts = [rows for share in shares for rows in share if rows]
-        ours = [max(lengths[row] for row in rows) * len(rows) for rows in parts]
-        ordered, least = sorted(lengths, reverse=True), []
-        for borders in itertools.combinations(range(1, num_rows), len(parts) - 1):
-            cut = [ordered[a:b] for a, b in itertools.pairwise((0, *borders, num_rows))]
-            costs = [rows[0] * len(rows) for rows in cut]
-            least += [sum(costs)] if max(costs) <= 16 else []
-        assert sum(ours) == min(least) and max(ours) <= 16
+        shares = plan(lengths, num_ranks=num_ranks, token_budget=100)
+        assert [len(share) for share in shares] == [1] * num_ranks
+        costs = [max(lengths[row] for row in rows) * len(rows) for (rows,) in shares if rows]
+        assert max(costs) == min(max(costs) for costs in all_cuts(lengths, len(costs)))
+
+
+def test_ranks_wait_less_with_a_little_padding():
+    """3 3 3 3 1 1 in 12 tokens: [3 3 3 3] and [1 1] have no padding, and a rank waits for 12; [3 3 3] and
+    [3 1 1] are 9 each."""
+    assert plan([3, 3, 3, 3, 1, 1], num_ranks=2, token_budget=12) == [[[0, 1, 2]], [[3, 4, 5]]]
+
+
+def test_many_rows_are_cut_at_few_places_into_as_few_micro_batches(monkeypatch):
+    chance = random.Random(0)
+    lengths = [chance.randint(100, 300) for _ in range(1500)]
+    cuts = {}
+    for places in (300, 1500):
+        monkeypatch.setattr("orchestrator.balance.CUTS", places)
+        (parts,) = plan(lengths, num_ranks=1, token_budget=16384)
+        assert sorted(row for rows in parts for row in rows) == list(range(1500))
+        cuts[places] = [max(lengths[row] for row in rows) * len(rows) for rows in parts]
+    assert len(cuts[300]) == len(cuts[1500]) and max(cuts[300]) <= 16384
+    assert sum(cuts[1500]) <= sum(cuts[300]) <= 1.005 * sum(cuts[1500])
 
 
 def test_pairs_stay_together_and_a_row_over_the_budget_is_refused():

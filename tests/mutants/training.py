@@ -293,6 +293,13 @@ TRAINING = (
         tests=("tests/test_group.py::test_scores_come_back_in_the_order_of_the_rows",),
     ),
     Mutant(
+        name="ranks wait for the one with the widest rows",
+        file="orchestrator/balance.py",
+        old="    return min(found, even, key=",
+        new="    return min(found, found, key=",
+        tests=("tests/test_driver.py::test_ranks_wait_less_with_a_little_padding",),
+    ),
+    Mutant(
         name="a pair is cut between micro-batches",
         row="B5",
         file="orchestrator/balance.py",

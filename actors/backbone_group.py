@@ -93,6 +93,7 @@ class Guest(ScorerGroup):
 
     def __init__(self, host: BackboneGroup) -> None:
         super().__init__(host.workers, store=host._store, token_budget=host._token_budget)
+        self.overhead = host.overhead
 
     async def close(self) -> None:
         """Its host ends the workers."""

@@ -25,7 +25,7 @@ from actors.errors import WorkerLost, disk_errors
 from actors.object_store import ObjectStore
 from actors.remote_worker import RemoteWorker
 from actors.weights.wire import Address, Channel
-from orchestrator.balance import plan, plan_apart
+from orchestrator.balance import FEWEST, plan, plan_apart
 from orchestrator.batch import Batch, Examples, Minibatch, Rollout, ScoredRollout
 from orchestrator.coalesce import Coalescer, portions
 from orchestrator.collate import collate_examples
@@ -44,12 +44,12 @@ class WorkerGroup:
     ) -> None:
         """``restarts`` of each worker within an hour."""
         self.workers, self._store, self._token_budget = list(workers), store, token_budget
-        self._budgets = [Budget(restarts) for _ in self.workers]
+        self.overhead, self._budgets = FEWEST, [Budget(restarts) for _ in self.workers]
         self._replacing = asyncio.Lock()
 
-    async def start(self, *, threads: int, seed: int, timeout_s: float) -> None:
-        """Joins the workers in one process group and loads the model in each."""
-        self._settings = (threads, seed, timeout_s)
+    async def start(self, *, threads: int, seed: int, timeout_s: float, overhead: int = FEWEST) -> None:
+        """Joins the workers in one process group, loads the models; ``overhead``: of a micro-batch there."""
+        self._settings, self.overhead = (threads, seed, timeout_s), overhead
         await self._join(self.workers)
 
     async def _join(self, workers: Sequence[RemoteWorker]) -> None:
@@ -110,14 +110,14 @@ class WorkerGroup:
 
     async def close(self) -> None:
         """Ends the processes. A worker that is already gone is no error."""
-        await asyncio.gather(
-            *(w.call(w.handle.close, deadline_s=10) for w in self.workers), return_exceptions=True
-        )
+        ends = (w.call(w.handle.close, deadline_s=10) for w in self.workers)
+        await asyncio.gather(*ends, return_exceptions=True)
         for worker in self.workers:
             worker.dismiss()
 
     def _plan(self, lengths: Sequence[int], *, units: Sequence[int] = ()) -> list[list[list[int]]]:
-        return plan(lengths, num_ranks=len(self.workers), token_budget=self._token_budget, units=units)
+        ranks, budget = len(self.workers), self._token_budget
+        return plan(lengths, num_ranks=ranks, token_budget=budget, units=units, overhead=self.overhead)
 
 
 class ScorerGroup(WorkerGroup):
@@ -161,8 +161,8 @@ class ScorerGroup(WorkerGroup):
         rollouts = list(chain.from_iterable(groups))
         records = collate_examples([Unit(rows=((r.tokens, r.action_mask),)) for r in rollouts], pad_id=0)
         lengths, sizes = [len(r.tokens) for r in rollouts], [len(group) for group in groups]
-        budget = self._token_budget
-        shares = plan_apart(lengths, sizes, num_ranks=len(self.workers), token_budget=budget)
+        ranks, budget = len(self.workers), self._token_budget
+        shares = plan_apart(lengths, sizes, num_ranks=ranks, token_budget=budget, overhead=self.overhead)
         return await self._answers(records, verbs, shares)
 
     async def _gather(self, records: Batch | Examples, verbs: Sequence[ActorMethod]) -> Tensor:

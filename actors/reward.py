@@ -14,6 +14,7 @@ from actors.learner import Learner
 from actors.model import ScoreModel
 from actors.reward_function import find_reward_function, judge_all
 from actors.worker import Worker
+from orchestrator.balance import FEWEST, ON_CPU, plan
 from orchestrator.batch import Rollout
 from orchestrator.collate import attention, pad
 from orchestrator.config import MODEL, Model
@@ -79,16 +80,13 @@ class Judge(Worker):
         return scores
 
     def _micro_batches(self, lengths: list[int]) -> list[list[int]]:
-        """Rows of similar length together, longest first, padded within the budget (or one row alone)."""
-        parts: list[list[int]] = []
-        width = 0
-        for row in sorted((r for r, length in enumerate(lengths) if length), key=lambda r: -lengths[r]):
-            if parts and width * (len(parts[-1]) + 1) <= self.micro_batch_tokens:
-                parts[-1].append(row)
-            else:
-                parts.append([row])
-                width = lengths[row]
-        return parts
+        """Rows that have tokens; padded within the budget, or one row alone."""
+        rows = [row for row, length in enumerate(lengths) if length]
+        budget = max([self.micro_batch_tokens, *lengths])
+        overhead = ON_CPU if self.device.type == "cpu" else FEWEST
+        asked = [lengths[row] for row in rows]
+        (parts,) = plan(asked, num_ranks=1, token_budget=budget, overhead=overhead) if rows else ([],)
+        return [[rows[number] for number in part] for part in parts]
 
 
 def statistics_of(path: str) -> tuple[float, float]:

@@ -36,6 +36,7 @@ from launch.engines import channel, served_adapter, spawn_engine, turn_takers
 from launch.environment import MODEL_ENV, WORKER_ENV, openmp
 from launch.incidents import IncidentLog
 from launch.trainable import reward_adapter
+from orchestrator.balance import FEWEST, ON_CPU
 from orchestrator.config import MODEL, Adapter, Model, Optimizer, Run, Workers
 from orchestrator.placement import Layout
 from orchestrator.roles import Role, Roles
@@ -78,7 +79,12 @@ class Crew:
             restarts=self.run.recovery.restarts,
         )
         self.keep(group)
-        await group.start(threads=place.threads, seed=self.run.seed, timeout_s=self.run.deadlines.stall_s)
+        await group.start(
+            threads=place.threads,
+            seed=self.run.seed,
+            timeout_s=self.run.deadlines.stall_s,
+            overhead=ON_CPU if place.gpus == 0 else FEWEST,
+        )
         return group
 
     def keep(self, handle: Role) -> None:

@@ -6,6 +6,11 @@ side on the ranks, so no rank waits long. Cost is tokens with padding: that is w
 Every rank gets the same number of micro-batches, because under ZeRO-3 each forward pass is a collective: a
 rank with fewer would leave the others waiting. A rank may get an empty micro-batch, which its worker runs
 with zero weights.
+
+How many micro-batches: each costs something beside its tokens (launches, one reading of all weights), so a
+few of them with padding may be done sooner than many without. ``overhead`` says how much, in tokens. On a CPU
+it is little. On a GPU it is unknown, from a hundred tokens of a 7B model to thousands of a small one, which
+FlashAttention computes without padding anyway: there the fewest that the budget allows.
 """
 
 from bisect import bisect_left, insort_left
@@ -14,17 +19,26 @@ from itertools import accumulate, pairwise
 
 Plan = list[list[list[int]]]  # [rank][micro-batch] -> rows
 Unit = list[int]  # rows that stay together
+FEWEST = 1 << 40  # overhead with which there are as few micro-batches as can be
+ON_CPU = 64  # tokens: reading float32 weights from memory takes as long as computing about 16 to 50
 CUTS = 1024  # between so many places the best are looked for: more take seconds and save no padding
 
 
-def plan(lengths: Sequence[int], *, num_ranks: int, token_budget: int, units: Sequence[int] = ()) -> Plan:
+def plan(
+    lengths: Sequence[int],
+    *,
+    num_ranks: int,
+    token_budget: int,
+    units: Sequence[int] = (),
+    overhead: int = FEWEST,
+) -> Plan:
     """Rows 0..len(lengths)-1, each with its length in tokens.
 
     Consecutive rows with equal numbers in ``units`` stay together (a preference pair, a ranking); empty: each
-    row for itself. The fewest micro-batches that the budget allows (a multiple of the ranks), of these the
-    cut with the fewest padded tokens (among ``CUTS`` places or a few more, where there are more units), then
-    the micro-batches dealt so that ranks are done together. Where the slowest rank is done sooner when none
-    is larger than so many must be, that cut.
+    row for itself. The micro-batches with the fewest padded tokens, each counted as ``overhead`` tokens more
+    (among ``CUTS`` places to cut or a few more, where there are more units), their number rounded up to a
+    multiple of the ranks; dealt so that ranks are done together. Where the slowest rank is done sooner when
+    none is larger than so many must be, that cut.
 
     Example, one rank, budget 12, lengths 2 6 2 6 2: [[1, 3], [0, 2, 4]], no padded token. Two ranks, budget
     12, lengths 3 3 3 3 1 1: [[0, 1, 2]] and [[3, 4, 5]], 9 tokens each; the cheapest cut has 12 and 2.
@@ -46,21 +60,29 @@ def plan(lengths: Sequence[int], *, num_ranks: int, token_budget: int, units: Se
             f"micro_batch_tokens={token_budget}; set it to {over} or more"
         )
     parts.sort(key=lambda part: -widths[part[0]])
-    begins = _filled(parts, widths, token_budget)
     if len(parts) > CUTS:
+        begins = _filled(parts, widths, token_budget)
         edges = sorted({*begins, *range(0, len(parts), -(-len(parts) // CUTS))})
         blocks = [parts[a:b] for a, b in pairwise([*edges, len(parts)])]
         parts = [[row for part in block for row in part] for block in blocks]
-    count = -(-len(begins) // num_ranks) * num_ranks
-    found = _dealt(_cut(parts, widths, count, token_budget), lengths, num_ranks)
+    bins = _cheapest(parts, widths, token_budget, overhead)
+    bins += [[] for _ in range(-len(bins) % num_ranks)]
+    found = _dealt(bins, lengths, num_ranks)
     if num_ranks == 1:
         return found
-    smallest = _smallest_budget(parts, widths, count, token_budget)
-    even = _dealt(_cut(parts, widths, count, smallest), lengths, num_ranks)
+    smallest = _smallest_budget(parts, widths, len(bins), token_budget)
+    even = _dealt(_cut(parts, widths, len(bins), smallest), lengths, num_ranks)
     return min(found, even, key=lambda cut: max(_cost(rank, lengths) for rank in cut))
 
 
-def plan_apart(lengths: Sequence[int], sizes: Sequence[int], *, num_ranks: int, token_budget: int) -> Plan:
+def plan_apart(
+    lengths: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    num_ranks: int,
+    token_budget: int,
+    overhead: int = FEWEST,
+) -> Plan:
     """As ``plan``, for rows of which the first ``sizes[0]``, the next ``sizes[1]`` and so on share no
     micro-batch with others: each is computed in the same company, whoever else is there, and floating point
     rounds it the same.
@@ -72,7 +94,8 @@ def plan_apart(lengths: Sequence[int], sizes: Sequence[int], *, num_ranks: int, 
     bins: list[list[int]] = []
     begin = 0
     for size in sizes:
-        (own,) = plan(lengths[begin : begin + size], num_ranks=1, token_budget=token_budget)
+        part = lengths[begin : begin + size]
+        (own,) = plan(part, num_ranks=1, token_budget=token_budget, overhead=overhead)
         bins += [[begin + row for row in rows] for rows in own]
         begin += size
     bins += [[] for _ in range(-len(bins) % num_ranks)]
@@ -105,6 +128,29 @@ def _filled(parts: list[Unit], widths: dict[int, int], budget: int) -> list[int]
             begins.append(number)
             rows = len(part)
     return begins
+
+
+def _cheapest(parts: list[Unit], widths: dict[int, int], budget: int, overhead: int) -> list[list[int]]:
+    """Units, widest first, into consecutive micro-batches within the budget: the cut with the fewest tokens,
+    padding and overhead included, or the more even of equals."""
+    starts = [0, *accumulate(len(part) for part in parts)]
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # of the first units: tokens, sum of squares
+    cut: dict[int, int] = {}
+    for i, part in enumerate(parts):
+        total, squares = best[i]
+        for j in range(i + 1, len(starts)):
+            cost = widths[part[0]] * (starts[j] - starts[i])
+            if cost > budget:
+                break
+            reached = (total + cost + overhead, squares + cost * cost)
+            if j not in best or reached < best[j]:
+                best[j], cut[j] = reached, i
+    bins: list[list[int]] = []
+    end = len(parts)
+    while end:
+        bins.append([row for part in parts[cut[end] : end] for row in part])
+        end = cut[end]
+    return bins[::-1]
 
 
 def _cut(parts: list[Unit], widths: dict[int, int], count: int, budget: int) -> list[list[int]]:

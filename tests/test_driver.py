@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from orchestrator.balance import plan
+from orchestrator.balance import plan, plan_apart
 from orchestrator.configfile import load_run
 from orchestrator.ledger import Ledger, sample_seed
 from orchestrator.placement import Seat, engines_apart, layout, shortage
@@ -80,6 +80,14 @@ def test_rows_of_like_length_share_a_micro_batch():
     assert plan([2, 6, 2, 6, 2], num_ranks=1, token_budget=12) == [[[1, 3], [0, 2, 4]]]
     # In 12 tokens [5 4] [4 1 1] leaves a 1 out. Three: [5 4] [4] [1 1 1] costs 17, [5] [4 4] [1 1 1] 16.
     assert plan([5, 4, 4, 1, 1, 1], num_ranks=1, token_budget=12) == [[[1, 2], [0], [3, 4, 5]]]
+
+
+@pytest.mark.parametrize(("overhead", "parts"), [(17, [[0, 1], [2, 3]]), (19, [[0, 1, 2, 3]])])
+def test_a_micro_batch_more_where_it_saves_more_padding_than_it_costs(overhead, parts):
+    """10 10 1 1: together 40 tokens and one overhead, apart 22 and two; alike at 18."""
+    assert plan([10, 10, 1, 1], num_ranks=1, token_budget=100, overhead=overhead) == [parts]
+    each = plan_apart([10, 10, 1, 1] * 2, [4, 4], num_ranks=1, token_budget=100, overhead=overhead)
+    assert sorted(each[0]) == sorted(parts + [[row + 4 for row in rows] for rows in parts])
 
 
 def test_ranks_get_even_loads_by_largest_differencing():

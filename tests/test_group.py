@@ -14,7 +14,8 @@ from actors.fleet import EngineFleet
 from actors.group import ActorGroup, LearnerGroup, RewardGroup, ScorerGroup
 from orchestrator import roles
 from orchestrator.balance import plan_apart
-from orchestrator.batch import Examples
+from orchestrator.batch import Examples, ScoredRollout
+from orchestrator.collate import collate
 from orchestrator.rewards import RewardError
 from tests.fakes import prompt, rollout
 
@@ -70,6 +71,18 @@ def test_scores_come_back_in_the_order_of_the_rows(num_ranks):
     records = Examples(tokens=tokens, attention_mask=attended, action_mask=attended)
     group = ScorerGroup([Scorer() for _ in range(num_ranks)], store=HandOver(), token_budget=12)
     assert torch.equal(asyncio.run(group.score(records)), -tokens.float())
+
+
+@pytest.mark.parametrize(("overhead", "seen"), [(1, [[1, 2], [0, 3]]), (100, [[0, 1, 2, 3]])])
+def test_a_group_cuts_by_what_a_micro_batch_costs_on_its_devices(overhead, seen):
+    """Responses of 1 6 6 1 tokens; rows and rollouts are cut alike."""
+    own = [rollout(prompt(0), k, response=(9,) * length) for k, length in enumerate([1, 6, 6, 1])]
+    records = collate([ScoredRollout(rollout=one, reward=0.0) for one in own], pad_id=0)
+    for score in (lambda group: group.score(records), lambda group: group.score_rollouts(own)):
+        group = ScorerGroup([Scorer()], store=HandOver(), token_budget=100)
+        group.overhead = overhead
+        asyncio.run(score(group))
+        assert group.workers[0].seen == seen
 
 
 def test_rows_that_are_compared_are_scored_together():

@@ -314,7 +314,7 @@ def test_groups_that_are_judged_in_one_call_share_no_micro_batch(
 
     monkeypatch.setattr(judge, "scorer", forward)
     together = judge.score_groups(groups)["model"]
-    assert company == [(4, 3), (5, 4)]
+    assert company == [(3, 4), (4, 5)]
     assert together == [score for group in groups for score in judge.score_groups([group])["model"]]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.balance import plan, plan_apart
+from orchestrator.balance import FEWEST, ON_CPU, plan, plan_apart
 from orchestrator.config import Optimizer
 from orchestrator.plan.devices import Cluster, Device
 from orchestrator.plan.memory import BYTES, zero_stage
@@ -74,6 +74,11 @@ class Service:
     def flops(self) -> float:
         return self.rates.flops * self.threads
 
+    @property
+    def overhead(self) -> int:
+        """Of a micro-batch, in tokens."""
+        return ON_CPU if self.cluster.device.is_cpu else FEWEST
+
     def forward(self, lengths: Sequence[int], responses: Sequence[int]) -> float:
         """Of the largest share of these sequences (their tokens; those of their responses), call included."""
         return self._forward(self._counted(self._share(lengths), lengths, responses), len(lengths))
@@ -84,7 +89,7 @@ class Service:
         responses = [length for _, own in groups for length in own]
         budget = max(self.micro_batch_tokens, *lengths)
         sizes = [len(own) for own, _ in groups]
-        shares = plan_apart(lengths, sizes, num_ranks=self.ranks, token_budget=budget)
+        shares = plan_apart(lengths, sizes, num_ranks=self.ranks, token_budget=budget, overhead=self.overhead)
         largest = max((self._counted(parts, lengths, responses) for parts in shares), key=lambda own: own[1])
         return self._forward(largest, len(lengths))
 
@@ -138,7 +143,8 @@ class Service:
         """Rows of the rank with the longest sequences, by micro-batch."""
         mine = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:: self.ranks]
         own = [lengths[row] for row in mine]
-        (parts,) = plan(own, num_ranks=1, token_budget=max(self.micro_batch_tokens, own[0]))
+        budget = max(self.micro_batch_tokens, own[0])
+        (parts,) = plan(own, num_ranks=1, token_budget=budget, overhead=self.overhead)
         return [[mine[row] for row in part] for part in parts]
 
     def _counted(

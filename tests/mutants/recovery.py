@@ -132,8 +132,8 @@ RECOVERED = (
     Mutant(
         name="what is finished at once shares micro-batches",
         file="actors/group.py",
-        old="[len(group) for group in groups]\n        budget",
-        new="[len(rollouts)]\n        budget",
+        old="[len(group) for group in groups]\n        ranks",
+        new="[len(rollouts)]\n        ranks",
         tests=("tests/test_group.py::test_who_waits_with_a_group_does_not_change_its_company",),
     ),
     Mutant(

@@ -300,6 +300,20 @@ TRAINING = (
         tests=("tests/test_driver.py::test_ranks_wait_less_with_a_little_padding",),
     ),
     Mutant(
+        name="micro-batches are as few as can be, whatever is padded",
+        file="orchestrator/balance.py",
+        old="(total + cost + overhead,",
+        new="(total + cost + FEWEST,",
+        tests=("tests/test_driver.py::test_a_micro_batch_more_where_it_saves_more_padding_than_it_costs",),
+    ),
+    Mutant(
+        name="a group's devices do not matter for its micro-batches",
+        file="actors/group.py",
+        old="token_budget=budget, overhead=self.overhead)",
+        new="token_budget=budget, overhead=FEWEST)",
+        tests=("tests/test_group.py::test_a_group_cuts_by_what_a_micro_batch_costs_on_its_devices",),
+    ),
+    Mutant(
         name="a pair is cut between micro-batches",
         row="B5",
         file="orchestrator/balance.py",

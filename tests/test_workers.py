@@ -282,7 +282,7 @@ def test_rewards_do_not_depend_on_the_company_a_sequence_keeps(model: Model) -> 
     together = judge.score(sequences)
     assert together == pytest.approx([judge.score([tokens])[0] for tokens in sequences], abs=1e-5)
     assert len(set(together)) == 4
-    assert judge._micro_batches([6, 1, 3, 2, 0]) == [[0, 2], [3, 1]]
+    assert judge._micro_batches([6, 1, 3, 2, 0]) == [[1, 2, 3], [0]]
 
 
 def test_model_and_functions_judge_one_rollout_together(model: Model) -> None:

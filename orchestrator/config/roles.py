@@ -26,7 +26,7 @@ class Workers(Settings):
     threads: PositiveInt = 1
     """Compute threads per worker on CPUs. Threads beyond the free cores make everything slower."""
     micro_batch_tokens: PositiveInt = 16384
-    """Token budget of one forward or backward pass, padding included."""
+    """Most tokens of a forward or backward pass, padding included; on CPUs fewer where that saves padding."""
 
     @property
     def num_workers(self) -> int:

@@ -183,7 +183,9 @@ def trl_step(work: Work, mode: str, python: str, peers: Path) -> tuple[float, di
         "--threads", "2", "--free-length", "--out", str(work.folder / "trl-out"), *extra, *flags,
     ]  # fmt: skip
     env = os.environ | {"PATH": f"{Path(python).parent}:{os.environ['PATH']}"} | added
-    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=peers, env=env)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=peers, env=env)
+    if result.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{result.stderr}")
     told = json.loads(next(line for line in reversed(result.stdout.splitlines()) if line.startswith("{")))
     drawn = told["tokens"] / told["steps"] / work.prompts / work.samples
     return float(told["sec_per_step_median"]), told["phases"] | {"response_tokens": drawn}

@@ -65,13 +65,12 @@ def plan(
         edges = sorted({*begins, *range(0, len(parts), -(-len(parts) // CUTS))})
         blocks = [parts[a:b] for a, b in pairwise([*edges, len(parts)])]
         parts = [[row for part in block for row in part] for block in blocks]
-    bins = _cheapest(parts, widths, token_budget, overhead)
-    bins += [[] for _ in range(-len(bins) % num_ranks)]
-    found = _dealt(bins, lengths, num_ranks)
+    cheapest = _cheapest(parts, widths, token_budget, overhead)
+    found = _dealt(cheapest, lengths, num_ranks)
     if num_ranks == 1:
         return found
-    smallest = _smallest_budget(parts, widths, len(bins), token_budget)
-    even = _dealt(_cut(parts, widths, len(bins), smallest), lengths, num_ranks)
+    smallest = _smallest_budget(parts, widths, num_ranks * len(found[0]), token_budget)
+    even = _dealt(_cheapest(parts, widths, smallest, FEWEST), lengths, num_ranks)
     return min(found, even, key=lambda cut: max(_cost(rank, lengths) for rank in cut))
 
 
@@ -98,11 +97,12 @@ def plan_apart(
         (own,) = plan(part, num_ranks=1, token_budget=token_budget, overhead=overhead)
         bins += [[begin + row for row in rows] for rows in own]
         begin += size
-    bins += [[] for _ in range(-len(bins) % num_ranks)]
     return _dealt(bins, lengths, num_ranks)
 
 
 def _dealt(bins: Sequence[list[int]], lengths: Sequence[int], num_ranks: int) -> Plan:
+    """With empty micro-batches where a rank would have fewer than another."""
+    bins = [*bins, *([] for _ in range(-len(bins) % num_ranks))]
     costs = [_cost([rows], lengths) for rows in bins]
     return [[sorted(bins[index]) for index in rank] for rank in _deal(costs, num_ranks)]
 
@@ -151,50 +151,6 @@ def _cheapest(parts: list[Unit], widths: dict[int, int], budget: int, overhead: 
         bins.append([row for part in parts[cut[end] : end] for row in part])
         end = cut[end]
     return bins[::-1]
-
-
-def _cut(parts: list[Unit], widths: dict[int, int], count: int, budget: int) -> list[list[int]]:
-    """Units, widest first, into ``count`` consecutive micro-batches (empty ones where there are fewer units)
-    within the budget: of all such cuts the cheapest, or the more even of equals."""
-    n, size = len(parts), [widths[part[0]] for part in parts]
-    starts = [0, *accumulate(len(part) for part in parts)]
-    costs = [width * len(part) for width, part in zip(size, parts, strict=True)]
-    rest = [*accumulate(costs, lambda left, cost: left - cost, initial=sum(costs))]
-    filled = min(count, n)
-    best: dict[int, tuple[int, int]] = {0: (0, 0)}
-    cuts: list[dict[int, int]] = []
-    for left in range(filled, 0, -1):
-        # Units whose tokens are more than the micro-batches left can hold need no look.
-        open_ = {i: cost for i, cost in best.items() if i < n and rest[i] <= left * budget}
-        best, cut = _one_more(open_, size, starts, budget)
-        cuts.append(cut)
-    bins: list[list[int]] = [[] for _ in range(count - filled)]
-    end = n
-    for cut in reversed(cuts):
-        bins.append([row for part in parts[cut[end] : end] for row in part])
-        end = cut[end]
-    return bins[::-1]
-
-
-def _one_more(
-    before: dict[int, tuple[int, int]], size: list[int], starts: list[int], budget: int
-) -> tuple[dict[int, tuple[int, int]], dict[int, int]]:
-    """Shortest paths over the sorted units: from the cheapest cuts of the first i units, {i: (cost, sum of
-    squared costs)}, to those with one micro-batch more, and where that one begins, {j: i}.
-
-    A micro-batch of units i to j-1 costs the width of unit i times their rows.
-    """
-    best: dict[int, tuple[int, int]] = {}
-    cut: dict[int, int] = {}
-    for i, (total, squares) in before.items():
-        for j in range(i + 1, len(starts)):
-            cost = size[i] * (starts[j] - starts[i])
-            if cost > budget:
-                break
-            reached = (total + cost, squares + cost * cost)
-            if j not in best or reached < best[j]:
-                best[j], cut[j] = reached, i
-    return best, cut
 
 
 def _deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:

@@ -91,11 +91,13 @@ def test_a_micro_batch_more_where_it_saves_more_padding_than_it_costs(overhead, 
 
 
 def test_ranks_get_even_loads_by_largest_differencing():
-    """8 7 6 5 4 3, one row a micro-batch, two ranks: the gaps 8-7, 6-5 and 4-3 are 1 each; 8+5 against 7+6
-    closes one, and 16 against 17 is as even as 33 can be. Greedy dealing in turns gives 18 and 15."""
-    shares = plan([8, 7, 6, 5, 4, 3], num_ranks=2, token_budget=8)
-    loads = sorted(sum([8, 7, 6, 5, 4, 3][row] for rows in share for row in rows) for share in shares)
-    assert loads == [16, 17] and [len(share) for share in shares] == [3, 3]
+    """16 15 14 13 12 11, one row a micro-batch, two ranks: the gaps 16-15, 14-13 and 12-11 are 1 each; 16+13
+    against 15+14 closes one, and 40 against 41 is as even as 81 can be. Greedy dealing in turns gives 42 and
+    39."""
+    lengths = [16, 15, 14, 13, 12, 11]
+    shares = plan(lengths, num_ranks=2, token_budget=16)
+    loads = sorted(sum(lengths[row] for rows in share for row in rows) for share in shares)
+    assert loads == [40, 41] and [len(share) for share in shares] == [3, 3]
 
 
 def all_cuts(lengths, num_parts):

@@ -20,7 +20,7 @@ from itertools import accumulate, pairwise
 Plan = list[list[list[int]]]  # [rank][micro-batch] -> rows
 Unit = list[int]  # rows that stay together
 FEWEST = 1 << 40  # overhead with which there are as few micro-batches as can be
-ON_CPU = 64  # tokens: reading float32 weights from memory takes as long as computing about 16 to 50
+ON_CPU = 64  # tokens, by arithmetic and not fitted: reading float32 weights takes as long as about 16 to 50
 CUTS = 1024  # between so many places the best are looked for: more take seconds and save no padding
 
 
@@ -36,8 +36,8 @@ def plan(
 
     Consecutive rows with equal numbers in ``units`` stay together (a preference pair, a ranking); empty: each
     row for itself. The micro-batches with the fewest padded tokens, each counted as ``overhead`` tokens more
-    (among ``CUTS`` places to cut or a few more, where there are more units), their number rounded up to a
-    multiple of the ranks; dealt so that ranks are done together. Where the slowest rank is done sooner when
+    (among ``CUTS`` places to cut or a few more, where there are more units), with empty ones up to a multiple
+    of the ranks; dealt so that ranks are done together. Where the slowest rank is done sooner when
     none is larger than so many must be, that cut.
 
     Example, one rank, budget 12, lengths 2 6 2 6 2: [[1, 3], [0, 2, 4]], no padded token. Two ranks, budget

@@ -28,12 +28,13 @@ from actors.object_store import ObjectStore
 from actors.reference import Reference
 from actors.remote_worker import spawn
 from actors.reward import Judge, RewardLearner
+from actors.threads import openmp
 from actors.ward import Ward
 from actors.weights.wire import ServedAdapter
 from launch.cluster import Cluster
 from launch.engine_count import EngineCount
 from launch.engines import channel, served_adapter, spawn_engine, turn_takers
-from launch.environment import MODEL_ENV, WORKER_ENV, openmp
+from launch.environment import MODEL_ENV, WORKER_ENV
 from launch.incidents import IncidentLog
 from launch.trainable import reward_adapter
 from orchestrator.balance import FEWEST, ON_CPU

@@ -27,14 +27,6 @@ MODEL_ENV = {
 }
 
 
-def openmp(threads: int) -> dict[str, str]:
-    """Of a role's worker. Several threads wait for one another awake, a millisecond at most, before they
-    sleep (what libgomp does by itself, were it not told to be passive): asleep after every operation, they
-    need 1.4 times as long for an update of SmolLM2-135M."""
-    awake = {"GOMP_SPINCOUNT": "300000"} if threads > 1 else {}
-    return {"OMP_NUM_THREADS": str(threads), **awake}
-
-
 def prepare_environment() -> None:
     """For the driver and, by inheritance, for a Ray that it starts itself. What the user has set stays."""
     defaults = {

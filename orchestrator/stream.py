@@ -49,6 +49,7 @@ class RolloutStream(Generic[P, G]):
         for prompt in self._prompts:
             await self._slots.acquire()
             self._in_order.put_nowait(asyncio.ensure_future(self._sample(prompt)))
+            await asyncio.sleep(0)  # an answer that has come is scored before the last prompt is sent
 
     async def take(self, count: int) -> list[G]:
         """The ``count`` oldest groups."""

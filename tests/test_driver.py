@@ -65,6 +65,25 @@ def test_the_stream_returns_groups_in_order_and_never_runs_more_than_its_slots()
     assert asyncio.run(consume()) == list(range(20)) and peak <= 4
 
 
+def test_an_answer_that_has_come_goes_on_before_every_prompt_is_sent():
+    """Sending thousands takes the driver seconds; what waited for it would not lie beside generation."""
+    sent, finished = 0, []
+
+    async def sample(number):
+        nonlocal sent
+        sent += 1
+        await asyncio.sleep(0)  # the engine's answer is there at once
+        finished.append(sent)  # scored when so many prompts were sent
+        return number
+
+    async def consume():
+        async with RolloutStream(iter(range(200)), sample, slots=200) as stream:
+            return await stream.take(200)
+
+    assert asyncio.run(consume()) == list(range(200))
+    assert finished[0] <= 3 and max(at - row for row, at in enumerate(finished)) <= 3
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_every_rank_gets_as_many_micro_batches_and_every_row_is_there_once(num_ranks):
     lengths = [7, 3, 9, 2, 2, 8, 5]

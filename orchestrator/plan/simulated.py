@@ -32,6 +32,7 @@ from orchestrator.plan.virtual import Place
 from orchestrator.plan.workload import Workload
 from orchestrator.roles import Metrics, Policy, Residency, Sampling, WeightReceipt
 
+MOMENT = 1e-6  # seconds of an idle engine in which it gets all that is sent at one time
 CHUNKS = 24  # looks of an engine at its queue in the longest response; more only cost time
 
 
@@ -219,6 +220,7 @@ class SimulatedEngine:
         await asyncio.gather(*(request.done for request in mine))
 
     async def _serve(self) -> None:
+        await self.seats.work(MOMENT, "generate")
         while self._waiting or self._running:
             await self._open.wait()
             seconds = self._admit()

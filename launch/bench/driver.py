@@ -30,6 +30,10 @@ PROMPTS = (64, 256, 1024, 4096)
 ENGINES = (1, 16, 256)
 RESPONSE_TOKENS = 128
 STEPS = 4  # the first warms up
+SIZES = {
+    "prompts": PROMPTS, "engines": ENGINES, "samples": SAMPLES_PER_PROMPT, "response_tokens": RESPONSE_TOKENS,
+    "steps": STEPS,
+}  # fmt: skip
 PROBE = Probe(tokens=(1, 2, 3), tolerance=1e-3)
 
 QWEN_05B = Shape(hidden=896, inner=4864, layers=24, query=896, key=128, vocab=151936)

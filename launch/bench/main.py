@@ -10,8 +10,10 @@ quartet bench table mine.json                          the table and the plots a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from launch.bench import driver, phases, result, scaling, step, sync
 from launch.bench.result import Figure
@@ -27,6 +29,9 @@ SUITES: dict[str, Callable[[Arguments], list[Figure]]] = {
 }
 
 
+FIXED: dict[str, Mapping[str, Any]] = {"driver": driver.SIZES, "sync": sync.SIZES, "scaling": scaling.SIZES}
+
+
 def main(argv: Sequence[str]) -> int:
     """ValueError for anything but known suites or readable result files."""
     given = _parser().parse_args(argv)
@@ -34,8 +39,10 @@ def main(argv: Sequence[str]) -> int:
     if words[0] == "compare":
         if len(words) != 3:
             raise ValueError("compare takes two result files: quartet bench compare before.json after.json")
-        before, after = (result.read(Path(word)) for word in words[1:])
-        _say(result.changes_table(result.compare(before, after)))
+        before, after = map(Path, words[1:])
+        _say(result.changes_table(result.compare(result.read(before), result.read(after))))
+        if others := result.other_conditions(before, after):
+            _say("Not measured alike:\n" + "\n".join(f"- {other}" for other in others))
         return 0
     if words[0] == "table":
         for word in words[1:]:
@@ -48,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     for word in words:
         machine = result.machine()
         figures = SUITES[word](given)
-        result.write(given.out, figures, {word: _settings(given, word)}, machine)
+        result.write(given.out, word, figures, config=_sizes(given, word), machine=machine)
         _say(result.table(figures))
     draw(given.out)
     return 0
@@ -88,21 +95,11 @@ def _workload(given: Arguments) -> phases.Workload:
     )
 
 
-def _settings(given: Arguments, word: str) -> dict[str, object]:
-    """What a suite was asked, for the file; of a model its name and not where it lies."""
-    if word == "phases":
-        asked = vars(given)
-        kept = (
-            "dtype",
-            "prompts",
-            "samples",
-            "prompt_tokens",
-            "response_tokens",
-            "threads",
-            "micro_batch_tokens",
-        )
-        return {"model": Path(given.model).name} | {name: asked[name] for name in kept}
-    return {"run": given.run, "set": given.set} if word == "step" else {}
+def _sizes(given: Arguments, suite: str) -> dict[str, Any]:
+    """What a suite measures, for the file; of a model its name and not where it lies."""
+    if suite == "phases":
+        return asdict(_workload(given)) | {"model": Path(given.model).name}
+    return {"run": given.run, "set": given.set} if suite == "step" else dict(FIXED[suite])
 
 
 def draw(path: Path) -> None:

@@ -195,10 +195,11 @@ def _training(work: Workload, shape: Shape, bounds: Ceilings) -> list[Figure]:
     shares = plan([work.length] * work.num_sequences, num_ranks=1, token_budget=work.micro_batch_tokens)[0]
     model = Model(path=work.model, dtype=work.dtype, max_length=work.length)  # type: ignore[arg-type]
     score = _score_seconds(model, records, shares, work)
-    loss = grpo.CONFIG(kl_coef=0.0).policy_loss
+    algorithm = grpo.CONFIG(kl_coef=0.0)
     actor = Actor(
-        model=model, optimizer=Optimizer(learning_rate=1e-6), total_steps=1 + work.rounds, loss=loss
-    )
+        model=model, optimizer=Optimizer(learning_rate=1e-6), total_steps=1 + work.rounds,
+        loss=algorithm.policy_loss, token_wise=algorithm.loss_is_token_wise,
+    )  # fmt: skip
     _setup(actor, work)
     weights = records.action_mask / records.action_mask.sum()
     minibatch = Minibatch(records=records, rows=torch.arange(work.num_sequences), weights=weights)

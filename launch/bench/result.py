@@ -1,6 +1,7 @@
 """A result file: figures with their samples, and what they were measured on; and which of two files differ.
 
-    {"machine": {...}, "versions": {...}, "config": {...}, "figures": {"sync/copy_ratio": {"unit": "x", ...}}}
+    {"suites": {"sync": {"machine": {...}, "versions": {...}, "config": {...}}},
+     "figures": {"sync/copy_ratio": {"unit": "x", ...}}}
 
 Every figure keeps its samples, for one number says nothing of its noise. Two files differ in a figure when
 the ranges of their samples do not touch and their medians are further apart than ``NOISE``; a figure with one
@@ -13,7 +14,8 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -75,17 +77,21 @@ def versions() -> dict[str, str]:
 
 
 def write(
-    path: Path, figures: Sequence[Figure], config: Mapping[str, Any], before: Mapping[str, Any]
+    path: Path,
+    suite: str,
+    figures: Sequence[Figure],
+    *,
+    config: Mapping[str, Any],
+    machine: Mapping[str, Any],
 ) -> None:
-    """Figures of a file that is there stay unless they were measured again: suites can be run one by one."""
-    kept = read(path) if path.exists() else []
+    """Figures of a file that is there stay unless they were measured again: suites can be run one by one, and
+    each keeps the machine, as it was before, the versions and the sizes that it was measured with."""
+    kept, suites = (read(path), conditions(path)) if path.exists() else ([], {})
     fresh = {figure.name for figure in figures}
     every = [figure for figure in kept if figure.name not in fresh] + list(figures)
-    earlier = json.loads(path.read_text())["config"] if path.exists() else {}
+    measured = {"machine": dict(machine), "versions": versions(), "config": dict(config)}
     document = {
-        "machine": dict(before),
-        "versions": versions(),
-        "config": {**earlier, **config},
+        "suites": {**suites, suite: measured},
         "figures": {figure.name: _plain(figure) for figure in sorted(every, key=lambda figure: figure.name)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,12 +100,23 @@ def write(
 
 def read(path: Path) -> list[Figure]:
     """ValueError for a file that is no result."""
-    try:
-        document = json.loads(path.read_text())
+    with _explained(path):
         return [
             Figure(name=name, **{**plain, "at": tuple(plain["at"]) if plain.get("at") else None})
-            for name, plain in document["figures"].items()
+            for name, plain in json.loads(path.read_text())["figures"].items()
         ]
+
+
+def conditions(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """By suite: machine, versions and config. ValueError for a file that is no result."""
+    with _explained(path):
+        return dict(json.loads(path.read_text())["suites"])
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of `quartet bench` ({error!r}); give one") from error
 
@@ -147,6 +164,19 @@ def _verdict(old: Figure, new: Figure) -> Literal["better", "worse", "changed", 
     if new.better == "neither":
         return "changed"
     return "better" if (new.median > old.median) == (new.better == "higher") else "worse"
+
+
+def other_conditions(before: Path, after: Path) -> list[str]:
+    """What two files do not have in common in the suites of both, e.g. "sync: machine.cores 2, then 8": such
+    figures differ for more reasons than the code."""
+    old, new = conditions(before), conditions(after)
+    return [
+        f"{suite}: {part}.{key} {old[suite][part].get(key)}, then {new[suite][part].get(key)}"
+        for suite in sorted(old.keys() & new.keys())
+        for part in ("machine", "versions", "config")
+        for key in sorted(old[suite][part].keys() | new[suite][part].keys())
+        if key != "load_before" and old[suite][part].get(key) != new[suite][part].get(key)
+    ]
 
 
 def table(figures: Sequence[Figure]) -> str:

@@ -14,6 +14,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -36,10 +37,14 @@ from orchestrator.driver_state import DriverState
 from orchestrator.roles import Metrics, Roles
 
 ENGINES = (1, 4, 16)
-PER_ENGINE = 16  # prompts, weak scaling
+PER_ENGINE = 128  # prompts, weak scaling: 32 rounds of slots; scores beside the last have none to hide behind
 TOGETHER = 128  # prompts, strong scaling
 STEPS = 4
 SERVICE = Service(response_tokens=256, generate_s=0.25, slots=4, score_s=0.002, update_s=0.05)
+SIZES = {
+    "engines": ENGINES, "weak_prompts_an_engine": PER_ENGINE, "strong_prompts": TOGETHER, "steps": STEPS,
+    "service": asdict(SERVICE),
+}  # fmt: skip
 ROLE = "cpus_per_worker=0.001"
 
 

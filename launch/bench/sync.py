@@ -26,6 +26,10 @@ LAYERS, HIDDEN, INNER, VOCAB = 12, 576, 1536, 49152  # of SmolLM2-135M, fewer la
 BUCKET_MB = 64  # engine.bucket_mb
 ROUNDS = 6  # the first opens the connections
 RECEIVERS = (1, 2, 4)
+SIZES = {
+    "layers": LAYERS, "hidden": HIDDEN, "inner": INNER, "vocab": VOCAB, "bucket_mb": BUCKET_MB,
+    "receivers": RECEIVERS, "rounds": ROUNDS,
+}  # fmt: skip
 TIMEOUT_S = 120.0
 
 

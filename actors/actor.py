@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from actors.learner import Learner, LossFunction, MicroBatches
-from actors.model import PolicyModel
+from actors.learner import Learner, LossFunction, MicroBatches, weigh
+from actors.model import PolicyModel, RowSlopes
 from actors.training_state import NonFiniteStateError
 from actors.vital_signs import PolicyMovedOn
 from actors.weights.sender import open_sender
@@ -40,13 +41,15 @@ class Actor(Learner):
         temperature: float = 1.0,
         entropy: bool = False,
         distribution: bool = False,
+        token_wise: bool = False,
         ema_decay: float | None = None,
     ) -> None:
-        """``entropy``, ``distribution``: whether the loss reads these of ``PolicyOutput``; ``ema_decay``: of
-        an average of the weights, None for none."""
+        """``entropy``, ``distribution``: whether the loss reads these of ``PolicyOutput``; ``token_wise``:
+        whether that of a token reads no other token's; ``ema_decay``: of an average of the weights, None for
+        none."""
         super().__init__(model=model, optimizer=optimizer, total_steps=total_steps, loss=loss)
         self.temperature, self.ema_decay = temperature, ema_decay
-        self.entropy, self.distribution = entropy, distribution
+        self.entropy, self.distribution, self.token_wise = entropy, distribution, token_wise
         self.sender: Sender | None = None
         self.sends_adapter = False
         self._sent, self._trained = -1, False  # the version sent last, and whether there are others since
@@ -63,19 +66,38 @@ class Actor(Learner):
     def load_model(self) -> PolicyModel:
         return PolicyModel.load(self.model)
 
-    def output(self, part: Any) -> PolicyOutput:
-        logprobs, entropy, distribution = self._forward(part, self.entropy, self.distribution)
-        return PolicyOutput(logprobs=logprobs, entropy=entropy, distribution=distribution)
+    def output(self, part: Any, weights: Tensor) -> PolicyOutput:
+        slopes = partial(self._slopes, part, weights) if self.token_wise else None
+        logprobs, entropy, distribution, *carrier = self._forward(
+            part, self.entropy, self.distribution, slopes
+        )
+        return PolicyOutput(
+            logprobs=logprobs, entropy=entropy, distribution=distribution,
+            carrier=carrier[0] if carrier else None,
+        )  # fmt: skip
+
+    def _slopes(self, part: Any, weights: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss by the log-probs and entropies [b, T] of some tokens, right for these tokens alone."""
+        with torch.enable_grad():
+            read = (logprobs.requires_grad_(), entropy.requires_grad_())
+            seen = PolicyOutput(logprobs=logprobs, entropy=entropy if self.entropy else None)
+            total = weigh(self.loss(seen, part).values, weights)
+            by_logprobs, by_entropy = torch.autograd.grad(
+                total, read, allow_unused=True, materialize_grads=True
+            )
+        return by_logprobs, by_entropy
 
     def figures(self, part: Any) -> Tensor:
         """[b, T] log-probs."""
         return self._forward(part, False, False)[0]
 
-    def _forward(self, part: Any, entropy: bool, distribution: bool) -> Any:
+    def _forward(self, part: Any, entropy: bool, distribution: bool, slopes: RowSlopes | None = None) -> Any:
         given = (part.tokens, part.attention_mask, part.action_mask, self.temperature, entropy, distribution)
         if isinstance(part, Examples):  # may be packed, or begin alike
             given += (part.positions, part.groups)
-        return self.backend.forward(*given)
+        elif slopes is not None:
+            given += (None, None)
+        return self.backend.forward(*given, *(() if slopes is None else (slopes,)))
 
     def distributions(self, batch: Batch, micro_batches: MicroBatches) -> Tensor:
         """[n, T, V] float32 log-probs of the whole vocabulary, 0.0 off the action mask."""

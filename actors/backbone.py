@@ -152,10 +152,10 @@ class Backbone(Actor):
             head_rate=self.head_rate,
         )  # fmt: skip
 
-    def output(self, part: Any) -> Any:
+    def output(self, part: Any, weights: Tensor) -> Any:
         """What the policy says, and with a critic also the values [b, T]."""
         if not self.has_critic:
-            return super().output(part)
+            return super().output(part, weights)
         found = self._ask(part, "both", self.entropy, self.distribution)
         return PolicyOutput(logprobs=found[0], entropy=found[1], distribution=found[2]), found[3]
 

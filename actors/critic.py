@@ -16,8 +16,6 @@ class Critic(Learner):
     def load_model(self) -> ValueModel:
         return ValueModel.load(self.model)
 
-    def output(self, part: Any) -> Tensor:
+    def figures(self, part: Any) -> Tensor:
         """[b, T] values."""
         return self.backend.forward(part.tokens, part.attention_mask, part.action_mask)
-
-    figures = output

@@ -5,12 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from actors.vocabulary import BlockedLogprobs, Shape
+from actors.vocabulary import BlockedLogprobs, BlockedLoss, Shape, Slopes
 
-# In float32 128 and 32 MiB. Up to so many logits are kept for the backward pass, which is the faster path;
-# more are computed twice, block by block (vocabulary.py).
+# In float32 128 and 64 MiB. Up to so many logits are kept for the backward pass; more are computed block by
+# block (vocabulary.py). On a GPU of 256 MiB: smaller blocks would be over before the next is launched.
 LOGITS_KEPT = 2**25
-LOGITS_PER_BLOCK = 2**23
+LOGITS_PER_BLOCK = 2**24
+LOGITS_PER_BLOCK_ON_GPU = 2**26
 
 
 class TokenHead(nn.Module):
@@ -24,18 +25,31 @@ class TokenHead(nn.Module):
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
     def forward(
-        self, states: Tensor, targets: Tensor, temperature: float, entropy: bool, distribution: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self,
+        states: Tensor,
+        targets: Tensor,
+        temperature: float,
+        entropy: bool,
+        distribution: bool,
+        slopes: Slopes | None = None,
+    ) -> tuple[Tensor | None, ...]:
         """[N, d], [N] -> log-prob of each target, [N]; if asked the entropy there, [N], and the log-probs of
-        the whole vocabulary, [N, V]. All float32."""
+        the whole vocabulary, [N, V]. All float32. With ``slopes`` also, where the logits are not kept, the
+        carrier of the gradient (``BlockedLoss``); the others are data then."""
         if distribution or len(states) * len(self.weight) <= LOGITS_KEPT:
-            return self._whole(states, targets, temperature, entropy, distribution)
-        rows = max(1, LOGITS_PER_BLOCK // len(self.weight))
+            whole = self._whole(states, targets, temperature, entropy, distribution)
+            return whole if slopes is None else (*whole, None)
+        logits = LOGITS_PER_BLOCK_ON_GPU if states.is_cuda else LOGITS_PER_BLOCK
+        rows = max(1, logits // len(self.weight))
         shape = Shape(
             scale=self.scale, softcap=self.softcap, temperature=temperature, rows=rows, entropy=entropy
         )
-        logprobs, entropies = BlockedLogprobs.apply(states, self.weight, self.bias, targets, shape)
-        return logprobs, entropies if entropy else None, None
+        given = (states, self.weight, self.bias, targets, shape)
+        if slopes is None:
+            logprobs, entropies = BlockedLogprobs.apply(*given)
+            return logprobs, entropies if entropy else None, None
+        logprobs, entropies, carrier = BlockedLoss.apply(*given, slopes)
+        return logprobs, entropies if entropy else None, None, carrier
 
     def _whole(
         self, states: Tensor, targets: Tensor, temperature: float, entropy: bool, distribution: bool

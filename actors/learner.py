@@ -28,7 +28,7 @@ from actors.adapter import PROMPT, adapt, freeze, write_peft
 from actors.backend import Backend
 from actors.model import LanguageModel
 from actors.worker import Worker
-from orchestrator.batch import Batch, Examples, Experience, Loss, Minibatch
+from orchestrator.batch import Batch, Examples, Experience, Loss, Minibatch, PolicyOutput
 from orchestrator.collate import take
 from orchestrator.config import Model, Optimizer
 from orchestrator.roles import Residency
@@ -62,12 +62,12 @@ class Learner(Worker):
         """Equal on every rank."""
 
     @abstractmethod
-    def output(self, part: Any) -> Any:
-        """What the loss function gets of some rows."""
-
-    @abstractmethod
     def figures(self, part: Any) -> Tensor:
         """What ``score`` answers of some rows, [b, T] or [b]."""
+
+    def output(self, part: Any, weights: Tensor) -> Any:
+        """What the loss function gets of some rows, which weigh so in the loss."""
+        return self.figures(part)
 
     def start(self) -> None:
         model = self.load_model()
@@ -89,16 +89,19 @@ class Learner(Worker):
         figures: dict[str, float] = {}
         for number, positions in enumerate(micro_batches, start=1):
             part, weights = self._cut(minibatch, positions)
-            loss = self.loss(self.output(part), part)
+            output = self.output(part, weights)
+            loss = self.loss(output, part)
             if loss.values.shape != weights.shape:
                 raise ValueError(
                     f"{self.role}: the loss has shape {tuple(loss.values.shape)} but its weights "
                     f"{tuple(weights.shape)}"
                 )
-            total, last = _weigh(loss.values, weights), number == len(micro_batches)
+            total, last = weigh(loss.values, weights), number == len(micro_batches)
+            if isinstance(output, PolicyOutput) and output.carrier is not None:
+                total = total + output.carrier
             num_tokens = part.action_mask.sum() * bool(positions)
             measured = {"loss": total.detach(), "num_tokens": num_tokens, "weight": weights.sum()}
-            measured |= {f"metrics/{name}": _weigh(metric, weights) for name, metric in loss.metrics.items()}
+            measured |= {f"metrics/{name}": weigh(metric, weights) for name, metric in loss.metrics.items()}
             for name, figure in measured.items():  # on the device: reading a figure here would wait for it
                 sums[name] = sums.get(name, 0.0) + figure.double()
             if last:
@@ -226,7 +229,7 @@ def widen(answer: Tensor, width: int) -> Tensor:
     return F.pad(answer, (0, 0) * (answer.dim() - 2) + (0, width - answer.shape[1]))
 
 
-def _weigh(values: Tensor, weights: Tensor) -> Tensor:
+def weigh(values: Tensor, weights: Tensor) -> Tensor:
     """Sum of weights x values; a value of weight 0 does not count even when it is NaN (BUGS C5)."""
     return torch.where(weights != 0, weights * values, 0.0).sum()
 

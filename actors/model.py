@@ -10,7 +10,7 @@ where ZeRO-3 gathers the layer's parameters.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from actors.shared_prefix import fold
 from actors.virtual_tokens import VirtualTokens
 from orchestrator.config import Model
 
+# (log-probs [B, T], their entropy [B, T]; 0.0 where not known) -> the loss by each of them, both [B, T].
+RowSlopes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # log-probs are ours (vocabulary.py)
 
 
@@ -105,17 +107,19 @@ class PolicyModel(LanguageModel):
         distribution: bool = False,
         positions: Tensor | None = None,
         groups: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        slopes: RowSlopes | None = None,
+    ) -> tuple[Tensor | None, ...]:
         """log p(tokens[b, t] | tokens[b, :t]) and the entropy there, [B, T] float32, 0.0 off ``mask``; and
-        the log-probs of the whole vocabulary, [B, T, V] float32: 4 B T V bytes, not split into blocks.
+        the log-probs of the whole vocabulary, [B, T, V] float32: 4 B T V bytes, not split into blocks. With
+        ``slopes`` a fourth: the carrier of the gradient, or None where the others have it.
 
         The vocabulary is computed for the positions of the mask only. The first token has nothing before it:
         0.0. Plain tensors, not a record: DeepSpeed looks for tensors in tuples to hang its hooks on.
         """
         states = self.hidden_states(tokens, attention_mask, positions, groups)
-        return self.answer(states, tokens, mask, temperature, entropy, distribution)
+        return self.answer(states, tokens, mask, temperature, entropy, distribution, slopes)
 
-    def answer(
+    def answer(  # noqa: PLR0913, PLR0917 - as ``forward``
         self,
         states: Tensor,
         tokens: Tensor,
@@ -123,22 +127,28 @@ class PolicyModel(LanguageModel):
         temperature: float,
         entropy: bool,
         distribution: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        slopes: RowSlopes | None = None,
+    ) -> tuple[Tensor | None, ...]:
         """As ``forward``, of hidden states [B, T, d]."""
         asked = mask.clone()
         asked[:, 0] = False
         at = asked.flatten().nonzero().squeeze(1)
         states = states.flatten(0, 1).index_select(0, at - 1)
         head = self.model.get_output_embeddings()
-        found = head(states, tokens.flatten()[at], temperature, entropy, distribution)
-        placed: list[Tensor | None] = []
-        for x in found:
-            if x is None:
-                placed.append(None)
-            else:
-                blank = states.new_zeros(tokens.numel(), *x.shape[1:], dtype=torch.float32)
-                placed.append(blank.index_copy(0, at, x).view(*tokens.shape, *x.shape[1:]))
-        return tuple(placed)  # type: ignore[return-value]
+
+        def placed(x: Tensor, at: Tensor) -> Tensor:
+            blank = states.new_zeros(tokens.numel(), *x.shape[1:], dtype=torch.float32)
+            return blank.index_copy(0, at, x).view(*tokens.shape, *x.shape[1:])
+
+        def of_block(logprobs: Tensor, entropies: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+            assert slopes is not None
+            here = at[block]
+            by_logprobs, by_entropy = slopes(placed(logprobs, here), placed(entropies, here))
+            return by_logprobs.flatten()[here], by_entropy.flatten()[here]
+
+        of_blocks = None if slopes is None else of_block
+        found = head(states, tokens.flatten()[at], temperature, entropy, distribution, of_blocks)
+        return *(None if x is None else placed(x, at) for x in found[:3]), *found[3:]
 
     @classmethod
     def load(cls, source: Model, *, head_seed: int | None = None) -> "PolicyModel":

@@ -108,11 +108,9 @@ class RewardLearner(Learner):
     def load_model(self) -> ScoreModel:
         return ScoreModel.load(self.model, head_seed=self.seed)
 
-    def output(self, part: Any) -> Tensor:
+    def figures(self, part: Any) -> Tensor:
         """[b] scores."""
         return self.backend.forward(part.tokens, part.attention_mask, part.groups)
-
-    figures = output
 
     def keep_statistics(self, mean: float, std: float) -> None:
         """Mean and standard deviation of its scores, into the config.json that ``export`` writes."""

@@ -83,9 +83,10 @@ def one_side(model: str, tokens: int, side: str) -> dict[str, Any]:
     if side == "logits":
         actors.heads.LOGITS_KEPT = 2**60
     source = Model(path=model, dtype="float32", max_length=LENGTH, gradient_checkpointing=True)
-    policy_loss = grpo.CONFIG(kl_coef=0.0).policy_loss
+    algorithm = grpo.CONFIG(kl_coef=0.0)
     actor = Actor(
-        model=source, optimizer=Optimizer(learning_rate=1e-6), total_steps=8, loss=policy_loss
+        model=source, optimizer=Optimizer(learning_rate=1e-6), total_steps=8, loss=algorithm.policy_loss,
+        token_wise=algorithm.loss_is_token_wise,
     )  # fmt: skip
     host, port = actor.rendezvous()
     actor.setup(0, 1, host, port, int(os.environ["OMP_NUM_THREADS"]), 0, 600.0)

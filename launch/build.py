@@ -39,6 +39,7 @@ from launch.incidents import IncidentLog
 from launch.trainable import reward_adapter
 from orchestrator.balance import FEWEST, ON_CPU
 from orchestrator.config import MODEL, Adapter, Model, Optimizer, Run, Workers
+from orchestrator.objectives._base import Objective
 from orchestrator.placement import Layout
 from orchestrator.roles import Role, Roles
 from orchestrator.turns import Turn, Turns, at_any_time, taking_turns
@@ -101,11 +102,13 @@ class Crew:
         remove_dead_folders()
 
     async def policy(
-        self, model: Model, optimizer: Optimizer, *, steps: int, loss: LossFunction
+        self, model: Model, optimizer: Optimizer, *, steps: int, objective: Objective
     ) -> ActorGroup:
         """The actor's workers in the sft and preference stages."""
-        settings = {"model": model, "optimizer": optimizer, "total_steps": steps, "loss": loss}
-        return await self.group(Actor, ActorGroup, "actor", **settings)
+        return await self.group(
+            Actor, ActorGroup, "actor", model=model, optimizer=optimizer, total_steps=steps,
+            loss=objective.loss, token_wise=objective.token_wise,
+        )  # fmt: skip
 
     async def reward_learner(
         self, model: Model, optimizer: Optimizer, *, steps: int, loss: LossFunction
@@ -138,7 +141,9 @@ class Crew:
             return await self._shared(policy, models, served)
         actors = partial(ActorGroup, channel=channel(self.run, served))
         starts: dict[str, Any] = {
-            "actor": self.group(Actor, actors, "actor", **policy),
+            "actor": self.group(
+                Actor, actors, "actor", **policy, token_wise=rl.algorithm.loss_is_token_wise
+            ),
             "engine": self.engines(models["actor"], adapter=served),
             "reward": self.reward(models.get("reward")),
         }  # fmt: skip

@@ -48,7 +48,7 @@ async def run_sft(session: Session, base: str) -> StageResult:
     crew = Crew(session.run, session.cluster, ["actor"])
     try:
         learner = await crew.policy(
-            _trained(session, base, stage.adapter), stage.optimizer, steps=steps, loss=objective.loss
+            _trained(session, base, stage.adapter), stage.optimizer, steps=steps, objective=objective
         )
         figures = await _fit(
             session, learner, rows, objective, batch_size=stage.batch_size, steps=steps, packed=stage.packing
@@ -88,7 +88,7 @@ async def run_preference(session: Session, base: str) -> StageResult:
     try:
         model = _model(session, base)
         trained = _trained(session, base, stage.adapter)
-        learner = await crew.policy(trained, stage.optimizer, steps=steps, loss=objective.loss)
+        learner = await crew.policy(trained, stage.optimizer, steps=steps, objective=objective)
         train, heldout = known
         if live:
             train = heldout = LiveReference(await crew.reference(model))

@@ -181,6 +181,7 @@ class PolicyOutput:
     logprobs: Tensor  # [B, T] of the tokens under the sampling temperature, 0.0 off the mask asked for
     entropy: Tensor | None  # [B, T] of the whole distribution; None unless the loss asks for it
     distribution: Tensor | None = None  # [B, T, V] log-probs of the whole vocabulary
+    carrier: Tensor | None = None  # scalar 0.0 with the loss's gradient, which the others lack then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,11 @@ class Correction(Settings):
     high: PositiveFloat = 2.0
     """Largest weight: icepop and sequence_mask drop what is above, the other rules truncate to it."""
 
+    @property
+    def reads_responses(self) -> bool:
+        """Whether the weight of a token depends on the other tokens of its response."""
+        return self.rule in {"sequence", "sequence_mask"}
+
     @model_validator(mode="after")
     def _ordered(self) -> Correction:
         if self.low >= self.high:
@@ -47,7 +52,7 @@ def correction_weights(
     """[B, T] weights, 0 off the mask, and figures of that shape: the untouched ``correction_weight``, and
     ``correction_cut``, 1.0 where a threshold had its way."""
     log_weight = (old.detach() - rollout).where(mask, 0.0)
-    if correction.rule in {"sequence", "sequence_mask"}:
+    if correction.reads_responses:
         mean = log_weight.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
         whole = mean.exp().expand_as(log_weight)
     weight = log_weight.exp()

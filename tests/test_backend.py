@@ -89,6 +89,7 @@ def actor(
         optimizer=Optimizer(**optimizer),
         total_steps=10,
         loss=nll,
+        token_wise=save_memory,
         ema_decay=ema_decay,
     )
     worker.setup(place.rank, place.world_size, "127.0.0.1", place.port, threads=1, seed=0, timeout_s=60)

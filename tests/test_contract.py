@@ -134,6 +134,25 @@ def test_everything_is_zero_off_the_mask(algorithm):
     assert (gradient(algorithm, experience, case)[off] == 0).all()
 
 
+def test_token_wise_losses_and_no_others_know_their_gradient_from_the_token_alone(algorithm):
+    """Every second token's log-prob and entropy are not known yet: 0, as ``vocabulary.BlockedLoss`` asks. So
+    with scores from before the step, and as the only update, where the log-probs are their own."""
+    case = clean(case_of())
+    experience, _ = algorithm.experience(case.batch(), case.scores(), 0.1)
+    known = case.mask & (torch.arange(9) % 2 == 0)
+    alike = []
+    for part in (experience, replace(experience, old_logprobs=None)):
+        found = []
+        for seen in (case.mask, known):
+            read = [x.where(seen, 0.0).requires_grad_() for x in (case.logp, case.entropy)]
+            output = PolicyOutput(logprobs=read[0], entropy=read[1] if algorithm.wants_entropy else None)
+            total = algorithm.policy_loss(output, part).values.sum()
+            slopes = torch.autograd.grad(total, read, allow_unused=True, materialize_grads=True)
+            found.append([slope[known] for slope in slopes])
+        alike.append(all(torch.equal(whole, alone) for whole, alone in zip(*found, strict=True)))
+    assert all(alike) == algorithm.loss_is_token_wise
+
+
 def test_nan_at_a_masked_slot_changes_nothing(algorithm):
     """Bit by bit, in log-probs, values, rollout log-probs, entropy and the rewards of empty responses."""
     dirty, tidy = case_of(), clean(case_of())

@@ -140,12 +140,14 @@ def test_blocks_of_logits_change_neither_logprobs_nor_gradients(
         torch.testing.assert_close(whole, blocks, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("in_forward", [False, True])
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_blocks_follow_the_formulas_in_float64(
-    softcap: float | None, entropy: bool, monkeypatch: pytest.MonkeyPatch
+    softcap: float | None, entropy: bool, in_forward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log-prob, entropy and every gradient, with all that heads do to logits: bias, scale, cap, heat."""
+    """Log-prob, entropy and every gradient, with all that heads do to logits: bias, scale, cap, heat. The
+    loss's slopes come with the backward pass, or are asked for in the forward pass."""
     monkeypatch.setattr(heads, "LOGITS_KEPT", 0)
     monkeypatch.setattr(heads, "LOGITS_PER_BLOCK", 3 * 11)
     torch.manual_seed(1)
@@ -161,11 +163,21 @@ def test_blocks_follow_the_formulas_in_float64(
     (expected[0] @ upstream[0].double() + entropy * expected[1] @ upstream[1].double()).backward()
 
     head, given = heads.TokenHead(plain, config), states.requires_grad_()
-    logprobs, entropies, _ = head(given, targets, 0.6, entropy, False)
+
+    def slopes(known: Tensor, of_them: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+        torch.testing.assert_close(known.double(), expected[0][block], atol=1e-5, rtol=0)
+        assert entropy or (of_them == 0).all()
+        return upstream[0, block] / 3, upstream[1, block] / 3
+
+    asked = (slopes,) if in_forward else ()
+    logprobs, entropies, _, *carrier = head(given, targets, 0.6, entropy, False, *asked)
     total = logprobs @ upstream[0]
     if entropy:
         total = total + entropies @ upstream[1]
         torch.testing.assert_close(entropies.double(), expected[1], atol=1e-5, rtol=0)
+    if in_forward:
+        assert not total.requires_grad and carrier[0] == 0
+        total = (total / 3 + carrier[0]) * 3  # what multiplies the loss multiplies the gradient
     total.backward()
     torch.testing.assert_close(logprobs.double(), expected[0], atol=1e-5, rtol=0)
     for ours, theirs in zip((given, plain.weight, plain.bias), exact, strict=True):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from actors import heads, vocabulary
 from actors.actor import Actor
 from actors.critic import Critic
 from actors.learner import Learner
@@ -18,6 +19,7 @@ from actors.reference import Reference
 from actors.reward import Judge, RewardLearner
 from actors.training_state import NonFiniteStateError
 from actors.worker import Worker
+from orchestrator.algorithms import ppo
 from orchestrator.batch import Batch, Examples, Experience, Loss, Minibatch, PolicyOutput
 from orchestrator.config import Model, Optimizer
 from orchestrator.roles import WeightReceipt
@@ -188,10 +190,54 @@ def test_metrics_are_means_when_weights_do_not_sum_to_one(model: Model) -> None:
 
 
 def test_entropy_is_there_only_when_the_loss_asks(model: Model) -> None:
-    given = experience(torch.ones(3, 6))
-    assert make_actor(model).output(given).entropy is None
-    entropy = make_actor(model, entropy=True).output(given).entropy
+    given, weights = experience(torch.ones(3, 6)), torch.ones(3, 6)
+    assert make_actor(model).output(given, weights).entropy is None
+    entropy = make_actor(model, entropy=True).output(given, weights).entropy
     assert torch.equal(entropy > 0, given.action_mask)
+
+
+def test_a_token_wise_loss_computes_its_logits_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same step as where every block of logits is computed twice, to rounding."""
+    monkeypatch.setattr(heads, "LOGITS_KEPT", 0)
+    monkeypatch.setattr(heads, "LOGITS_PER_BLOCK", 2 * tiny.VOCAB)
+    algorithm = ppo.CONFIG(kl_coef=0.1, kl_in="loss", kl_estimator="k3", entropy_coef=0.01)
+    advantages = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+    records = replace(experience(advantages, torch.full((3, 6), -5.0)), ref_logprobs=torch.full((3, 6), -4.0))
+    records = replace(records, kl_coef=0.1)
+    projections, steps = [], []
+    plain = vocabulary._logits
+    monkeypatch.setattr(
+        vocabulary, "_logits", lambda *given: projections.append(len(given[0])) or plain(*given)
+    )
+    for token_wise in (False, True):
+        actor = ready(
+            Actor(
+                model=model, optimizer=OPTIMIZER, total_steps=10, loss=algorithm.policy_loss, entropy=True,
+                token_wise=token_wise,
+            )
+        )  # fmt: skip
+        projections.clear()
+        figures = actor.update(minibatch(records), [[0], [], [1, 2]])
+        steps.append((figures, weights_of(actor), sum(projections)))
+    (twice, before, many), (once, after, few) = steps
+    assert many == 2 * few and twice.keys() == once.keys()
+    assert once == pytest.approx(twice, rel=1e-5)
+    for name, weight in after.items():
+        torch.testing.assert_close(weight, before[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("token_wise", [False, True])
+def test_a_loss_that_is_not_finite_steps_nothing(
+    model: Model, token_wise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "LOGITS_KEPT", 0)
+    actor = make_actor(model, token_wise=token_wise)
+    before = weights_of(actor)
+    advantages = torch.ones(3, 6)
+    advantages[1] = torch.inf
+    figures = actor.update(minibatch(experience(advantages)), [[0], [1], [2]])
+    assert figures["skipped_steps"] == 1 and not math.isfinite(figures["loss"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(actor).items())
 
 
 def test_a_loss_of_another_shape_than_its_weights_is_refused(model: Model) -> None:

@@ -46,6 +46,7 @@ class AlgorithmConfig(Settings):
     steps_on_groups: ClassVar[bool] = (
         False  # True: one loss reads several rows of a prompt (Experience.groups)
     )
+    token_wise: ClassVar[bool] = False  # True: the surrogate of a token reads no other token's log-prob
     aggregate: ClassVar[Aggregate] = "token_mean"  # the paper's; rl.updates.aggregate overrides it
 
     kl_coef: NonNegativeFloat = 0.0
@@ -105,6 +106,11 @@ class AlgorithmConfig(Settings):
     def wants_distribution(self) -> bool:
         """Whether actor and reference must give the log-probs of the whole vocabulary."""
         return self.kl_coef > 0 and self.kl_estimator == "full"
+
+    @property
+    def loss_is_token_wise(self) -> bool:
+        """Whether ``policy_loss`` of a token reads no other token's log-prob."""
+        return self.token_wise and not self.wants_distribution and not self.correction.reads_responses
 
     @property
     def initial_kl_coef(self) -> float:

@@ -37,6 +37,8 @@ class GroupAlgorithm(AlgorithmConfig):
 class ClippedGroupAlgorithm(GroupAlgorithm):
     """With PPO's clip around the policy before the step."""
 
+    token_wise: ClassVar[bool] = True
+
     clip_low: PositiveFloat = 0.2
     """The ratio counts down to 1 - clip_low."""
     clip_high: PositiveFloat = 0.2

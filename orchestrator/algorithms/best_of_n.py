@@ -26,6 +26,7 @@ class BestOfN(GroupAlgorithm):
     """Negative log-likelihood of the best sample of each prompt."""
 
     name: ClassVar[str] = "best_of_n"
+    token_wise: ClassVar[bool] = True
     aggregate: ClassVar[Aggregate] = "sequence_mean"
 
     def compare(self, rewards: Tensor, groups: Tensor, valid: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class CISPO(GroupAlgorithm):
     """Policy gradient with clipped importance weights, token mean."""
 
     name: ClassVar[str] = "cispo"
+    token_wise: ClassVar[bool] = True
     aggregate: ClassVar[Aggregate] = "token_mean"
 
     clip_low: Fraction = 1.0

@@ -32,6 +32,7 @@ class PPO(AlgorithmConfig):
     """Clipped policy and value losses over GAE advantages."""
 
     name: ClassVar[str] = "ppo"
+    token_wise: ClassVar[bool] = True
     has_critic: ClassVar[bool] = True
 
     objective: Literal["clip", "penalty", "policy_gradient"] = "clip"

@@ -23,6 +23,7 @@ class Reinforce(AlgorithmConfig):
     """Policy gradient with returns."""
 
     name: ClassVar[str] = "reinforce"
+    token_wise: ClassVar[bool] = True
 
     gamma: Fraction = 1.0
     """Discount per action token."""

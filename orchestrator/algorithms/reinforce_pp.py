@@ -25,6 +25,7 @@ class ReinforcePP(AlgorithmConfig):
     """Clipped policy loss over whitened returns."""
 
     name: ClassVar[str] = "reinforce_pp"
+    token_wise: ClassVar[bool] = True
 
     gamma: Fraction = 1.0
     """Discount per action token."""

@@ -24,6 +24,7 @@ class ReMax(AlgorithmConfig):
     """Clipped policy loss over returns minus the greedy response's reward."""
 
     name: ClassVar[str] = "remax"
+    token_wise: ClassVar[bool] = True
     greedy_baseline: ClassVar[bool] = True
 
     clip_low: PositiveFloat = 0.2

@@ -24,6 +24,7 @@ class SAPO(GroupAlgorithm):
     """Softly gated ratio over advantages normalised within each prompt's group."""
 
     name: ClassVar[str] = "sapo"
+    token_wise: ClassVar[bool] = True
     aggregate: ClassVar[Aggregate] = "sequence_mean"
 
     tau_positive: PositiveFloat = 1.0

@@ -30,6 +30,7 @@ class Objective(Settings):
     layout: ClassVar[Layout]  # which rows of a file it reads (orchestrator/data.py)
     needs_reference: ClassVar[bool] = False
     needs_kl: ClassVar[bool] = False  # True: reads Examples.kl
+    token_wise: ClassVar[bool] = False  # True: the loss of a token reads no other token's log-prob
 
     @abstractmethod
     def loss(self, output: Any, part: Examples) -> Loss:

@@ -24,6 +24,7 @@ class SFT(Objective):
     name: ClassVar[str] = "sft"
     stage: ClassVar[Literal["sft", "reward_model", "preference"]] = "sft"
     layout: ClassVar[Layout] = "examples"
+    token_wise: ClassVar[bool] = True
 
     def loss(self, output: PolicyOutput, part: Examples) -> Loss:
         """[b, T] negative log-prob of every trained token, 0 elsewhere, whatever the model says there."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.config import Adapter, Model, Optimizer, Run
+from orchestrator.config import Adapter, Optimizer, Run
 from orchestrator.plan.devices import GIB, MIB, Device
 from orchestrator.plan.shapes import Shape
 from orchestrator.plan.workload import Workload
 
 BYTES = {"float32": 4, "bfloat16": 2}
-LOGITS_KEPT = 2**25  # actors/heads.py
+LOGITS_ON_CPU, LOGITS_ON_GPU = 2**25, 2**26  # at once: actors/heads.py
 REDUCE_ELEMENTS = 2**25  # actors/backend.py; one bucket for gradients, one for weights
 LIVE_ELEMENTS = 10**9  # DeepSpeed's stage3_max_live_parameters: whole layers that ZeRO-3 keeps gathered
 CPU_KV_CACHE_MIB = 256  # actors/engine.py
@@ -117,7 +117,7 @@ def worker_memory(setting: Setting, job: Job) -> WorkerMemory:
     else:
         parts = _trained(setting, job, own.num_workers)
     trained = job.optimizer is not None
-    parts += _activations(setting.run.model, job.shape, tokens, setting.workload, trained=trained)
+    parts += _activations(setting, job.shape, tokens, trained=trained)
     if job.role == "actor" and setting.serves:
         parts.append(_transfer(setting, job.shape))
     # DeepSpeed shards what first lies whole on the device (its engine.py:_configure_distributed_model).
@@ -194,11 +194,12 @@ def _trained(setting: Setting, job: Job, ranks: int) -> list[Part]:
     return parts
 
 
-def _activations(model: Model, shape: Shape, tokens: int, workload: Workload, *, trained: bool) -> list[Part]:
+def _activations(setting: Setting, shape: Shape, tokens: int, *, trained: bool) -> list[Part]:
     """Of one micro-batch of so many tokens. Kept for the backward pass, per token and layer (Transformers'
     Llama with fused attention): both norms' input, normalised and scaled (6 h), query, keys, values and
     answer (3 q + 2 kv), gate, its activation, up and their product (4 f). In bfloat16 the norms' first two
     are float32."""
+    model, workload = setting.run.model, setting.workload
     d, h = BYTES[model.dtype], shape.hidden
     f = shape.intermediate * max(1, shape.active_experts)
     layer = 2 * (4 + 4 + d) * h + d * (3 * shape.q + 2 * shape.kv + 4 * f)
@@ -213,7 +214,8 @@ def _activations(model: Model, shape: Shape, tokens: int, workload: Workload, *,
     parts = [Part(name="activations", bytes=tokens * kept, spread=spread)]
     if not shape.scalar:
         asked = tokens * workload.limit / workload.longest  # only positions of responses meet the vocabulary
-        block = min(asked * shape.vocab, LOGITS_KEPT) * 4
+        most = LOGITS_ON_CPU if setting.device.is_cpu else LOGITS_ON_GPU
+        block = min(asked * shape.vocab, most) * 4
         parts.append(Part(name="logits", bytes=block * (3 if trained else 2), spread=0.3))
     return parts
 

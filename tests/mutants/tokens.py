@@ -262,8 +262,8 @@ TOKENS = (
         name="blocks of logits forget the temperature in the gradient",
         row="A11",
         file="actors/vocabulary.py",
-        old="            d.mul_(1.0 / shape.temperature)\n",
-        new="",
+        old="d.mul_(shape.scale / shape.temperature)",
+        new="d.mul_(shape.scale)",
         tests=(f"{MODEL}::test_blocks_follow_the_formulas_in_float64",),
     ),
     Mutant(

@@ -30,6 +30,21 @@ TRAINING = (
         slow=True,
     ),
     Mutant(
+        name="a loss that reads whole responses gets its gradient from single tokens",
+        file="orchestrator/algorithms/_base.py",
+        old=" and not self.correction.reads_responses",
+        new="",
+        tests=(f"{CONTRACT}::test_token_wise_losses_and_no_others_know_their_gradient_from_the_token_alone",),
+    ),
+    Mutant(
+        name="a gradient made in the forward pass does not reach the weights",
+        file="actors/learner.py",
+        old="total = total + output.carrier",
+        new="total = (total + output.carrier.detach()).requires_grad_()",
+        tests=(f"{WORKERS}::test_a_token_wise_loss_computes_its_logits_once",),
+        slow=True,
+    ),
+    Mutant(
         name="rows of a micro-batch are positions in the whole batch",
         row="C1",
         file="actors/learner.py",

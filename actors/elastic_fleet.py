@@ -8,7 +8,9 @@ engine its weights as well: so no half-updated engine serves, and no sample is d
 """
 
 import asyncio
+from contextlib import suppress
 
+from actors.errors import RoleError
 from actors.fleet import EngineFleet
 from actors.member import EngineHandle, Member, State
 from orchestrator.roles import Residency
@@ -49,7 +51,8 @@ class ElasticFleet(EngineFleet):
             self._members.remove(member)
             self._prepared = [other for other in self._prepared if other is not member]
             self._joined = []  # the channel is too wide
-        await member.engine.close()
+        with suppress(RoleError):  # one that dies now has left as well
+            await member.engine.close()
         return member.engine
 
     async def _pick(self) -> Member:

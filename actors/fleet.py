@@ -73,15 +73,12 @@ class EngineFleet:
                 if not (serving := self._in(State.SERVING)):
                     continue  # lost when the turn came
                 member = min(serving, key=lambda member: member.asked)
-                member.asked += num_samples
                 try:
-                    return await member.engine.generate(prompt, num_samples, sampling, seeds)
+                    return await member.generate(prompt, num_samples, sampling, seeds)
                 except WorkerLost as lost:
                     self._lose(member, lost)
                 except NotServing:
                     await asyncio.sleep(0)  # it left between the choice and the question
-                finally:
-                    member.asked -= num_samples
             self._report(Incident(kind="replanned", who="engine", detail=prompt.uid, count=num_samples))
 
     async def _someone_serves(self) -> None:
@@ -262,7 +259,7 @@ class EngineFleet:
         """Of every engine that serves."""
         async with self._turn(Turn.SAMPLE):
             members = self._in(State.SERVING)
-            answers = await asyncio.gather(*(outcome(member.engine.logprobs(tokens)) for member in members))
+            answers = await asyncio.gather(*(outcome(member.logprobs(tokens)) for member in members))
         self._sort_out(members, answers)
         return [answer for answer in answers if isinstance(answer, list)]
 

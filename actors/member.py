@@ -1,6 +1,7 @@
 """What a fleet knows of each of its engines."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from enum import Enum
 from typing import Protocol
@@ -40,8 +41,26 @@ class Member:
     def __init__(self, engine: EngineHandle, restarts: int) -> None:
         self.engine, self.budget = engine, Budget(restarts)
         self.state = State.SERVING  # with the weights of the model folder, until there are others
-        self.asked = 0  # samples asked for and not yet answered
+        self.asked = 0  # samples, or sequences to score, that it has not yet answered
         self.given_up: RestartsSpent | None = None
+
+    async def generate(
+        self, prompt: Prompt, num_samples: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        with self._asking(num_samples):
+            return await self.engine.generate(prompt, num_samples, sampling, seeds)
+
+    async def logprobs(self, tokens: Sequence[int]) -> list[float]:
+        with self._asking(1):
+            return await self.engine.logprobs(tokens)
+
+    @contextmanager
+    def _asking(self, sequences: int) -> Iterator[None]:
+        self.asked += sequences
+        try:
+            yield
+        finally:
+            self.asked -= sequences
 
     def successor(self) -> "Member":
         """Of the same engine and budget; it waits for weights."""

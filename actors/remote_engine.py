@@ -64,6 +64,7 @@ class RemoteEngine:
 
     async def close(self) -> None:
         """Lets vLLM end its children first, then ends the process."""
+        self._worker.unwatch()
         try:
             await self._worker.call(self._worker.handle.close, deadline_s=30)
         finally:

@@ -215,11 +215,15 @@ class RemoteWorker:
         except (TimeoutError, RayActorError, RayTaskError) as error:
             return f"no stacks: {type(error).__name__}\n"
 
-    def dismiss(self) -> None:
-        """Lets it go, in order."""
+    def unwatch(self) -> None:
+        """What ends from here on was meant to."""
         if self._watch is not None:
             self._watch.cancel()
         self._watch = None
+
+    def dismiss(self) -> None:
+        """Lets it go, in order."""
+        self.unwatch()
         ray.kill(self.handle)
 
     def end(self) -> None:

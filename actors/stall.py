@@ -24,7 +24,9 @@ class StallClock:
         now = self._clock()
         unseen, self._looked_at = now - self._looked_at, now
         stalled = now - self._since - max(0.0, pulse.waited - self._last.waited)
-        worked = pulse.progress - self._last.progress >= IDLE_SHARE * stalled + IDLE_S
+        done = pulse.progress - self._last.progress
+        # A sum of processor times falls when it is of other processes than before.
+        worked = done < 0 or done >= IDLE_SHARE * stalled + IDLE_S
         if worked or pulse.held or not busy or unseen > self._silence_s:
             self._since, self._last = now, pulse
             return 0.0

@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 from typing import ClassVar
 
-from actors.vital_signs import ProcessGone, RosterLine, VitalSigns
+from actors.vital_signs import ProcessGone, Pulse, RosterLine, VitalSigns
 
 
 class Slow(VitalSigns):
@@ -41,6 +41,27 @@ class Slow(VitalSigns):
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+class Parent(Slow):
+    """Its children end while it closes, which takes longer than a pulse comes."""
+
+    closing = False
+
+    def describe(self) -> list[RosterLine]:
+        return [super().describe()]
+
+    def start(self) -> None:
+        """Nothing to load."""
+
+    def pulse(self) -> Pulse:
+        if self.closing:
+            self.half_dead()
+        return super().pulse()
+
+    def close(self) -> None:
+        self.closing = True
+        time.sleep(1.5)
 
 
 class Ranked(Slow):

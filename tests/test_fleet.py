@@ -25,6 +25,8 @@ class FakeEngine:
         self.name, self.gate, self.asked, self.rank, self.closed = name, asyncio.Event(), [], 0, False
         self.lives, self.dies_in_sync, self.version, self.serves = 1, 0, 0, True
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.scores = asyncio.Event()
+        self.scores.set()
         if open:
             self.gate.set()
 
@@ -67,6 +69,7 @@ class FakeEngine:
         self.serves = True
 
     async def logprobs(self, tokens: Sequence[int]) -> list[float]:
+        await self.scores.wait()
         return [-float(self.rank)] * (len(tokens) - 1)
 
     async def restart(self) -> None:
@@ -84,6 +87,8 @@ class FakeEngine:
 
     async def close(self) -> None:
         self.closed = True
+        if self.lost.done():
+            raise WorkerLost(f"{self.name} died in close")
 
 
 class FakePolicy:

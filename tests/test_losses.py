@@ -21,6 +21,7 @@ from actors.all_ranks import all_ranks
 from actors.errors import RoleError, WorkerLost, broke_collective, remedy
 from actors.group import LearnerGroup, WorkerGroup
 from actors.object_store import ObjectStore
+from actors.remote_engine import RemoteEngine
 from actors.remote_worker import RemoteWorker, _kill, spawn
 from actors.stall import StallClock
 from actors.vital_signs import Pulse, VitalSigns, core_wait
@@ -29,7 +30,7 @@ from orchestrator.config import Deadlines
 from orchestrator.incidents import Incident, RestartsSpent
 from orchestrator.placement import Seat
 from orchestrator.work import WorkBook
-from tests.slow_worker import Ranked, Slow
+from tests.slow_worker import Parent, Ranked, Slow
 
 pytestmark = pytest.mark.ray
 DEADLINES = Deadlines(start_s=60, call_s=40, silence_s=2, stall_s=3)
@@ -215,6 +216,13 @@ async def test_a_broken_collective_names_its_rank_and_the_group_is_built_anew(
     await group.close()
 
 
+async def test_children_that_end_while_an_engine_is_closed_are_no_loss(ward, bundle, incidents) -> None:
+    engine = RemoteEngine(worker(ward, bundle, "engine 0", Parent))
+    await engine.start()
+    await engine.close()
+    assert incidents == []
+
+
 async def test_an_answer_that_is_lost_with_its_host_is_the_loss_of_the_worker(ward, bundle) -> None:
     slow = worker(ward, bundle)
     answer = asyncio.get_running_loop().create_future()
@@ -331,6 +339,8 @@ def test_only_who_could_work_and_does_not_stands_still() -> None:
     assert after(8, progress=3.5, waited=7.0) == 9
     assert after(30, progress=3.5, waited=7.0) == 0  # for 30 s nobody looked
     assert after(9, progress=3.5, waited=2.0) == 9  # the thread that waited has ended
+    assert after(9, progress=1.0) == 0  # it has loaded: only those are counted that work now
+    assert after(9, progress=1.5) == 0
 
 
 @pytest.mark.parametrize(

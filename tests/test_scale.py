@@ -77,6 +77,30 @@ async def test_an_engine_that_is_lost_while_it_leaves_has_its_samples_drawn_by_a
     assert (second.lives, [uid for uid, *_ in first.asked]) == (1, ["0/0", "0/1"])
 
 
+async def test_an_engine_that_leaves_answers_the_probe_first() -> None:
+    first, second = FakeEngine(open=True), FakeEngine(open=True)
+    second.scores.clear()
+    fleet = fleet_of([first, second])
+    probe = asyncio.create_task(fleet.logprobs([1, 2]))
+    await asyncio.sleep(0.01)
+    leaving = asyncio.create_task(fleet.leave())
+    await asyncio.sleep(0.01)
+    assert (second.closed, leaving.done()) == (False, False)
+    second.scores.set()
+    assert await probe == [[0.0], [0.0]]
+    assert await leaving is second and second.closed
+
+
+async def test_an_engine_that_dies_while_it_is_closed_has_left() -> None:
+    first, second = FakeEngine(open=True), FakeEngine(open=True)
+    fleet = fleet_of([first, second])
+    second.kill()
+    assert await fleet.leave() is second
+    assert (fleet.size, second.lives) == (1, 1)
+    await fleet.generate(prompt(0), 1, SAMPLING)
+    assert len(first.asked) == 1
+
+
 async def test_an_engine_leaves_between_two_syncs_not_inside_one() -> None:
     engines = [FakeEngine(open=True), FakeEngine(open=True)]
     fleet, policy = fleet_of(engines), FakePolicy(engines)

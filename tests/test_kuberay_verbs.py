@@ -10,6 +10,7 @@ import pytest
 
 from launch import cli
 from launch.submit import kustomize
+from tests import kubernetes
 from tests.kube_api import KubeApi
 from tests.ray_head import free_port
 
@@ -83,6 +84,12 @@ def head(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def schemas():
+    """By which the double judges a job before it keeps it; read here, for a skip in its thread is no skip."""
+    kubernetes.structural("RayJob")
+
+
+@pytest.fixture
 def quartet(capsys):
     """The verb, then further arguments -> (status, all that was printed)."""
 
@@ -94,6 +101,7 @@ def quartet(capsys):
     return call
 
 
+@pytest.mark.usefixtures("schemas")
 def test_submit_status_logs_stop_and_resume(head, quartet):
     api, printed = head.api, []
 
@@ -139,6 +147,7 @@ def test_submit_status_logs_stop_and_resume(head, quartet):
         assert not any(secret in word for words in head.asked for word in words)
 
 
+@pytest.mark.usefixtures("schemas")
 def test_the_engines_of_a_run_at_work_get_pods_and_give_them_back_by_name(head, quartet):
     api, cluster = head.api, "ppo-0-x"
 
@@ -184,6 +193,7 @@ def test_the_engines_of_a_run_at_work_get_pods_and_give_them_back_by_name(head, 
     assert status == 2 and "no worker group of ppo-0-x is for engines alone (there are actor-engine)" in said
 
 
+@pytest.mark.usefixtures("schemas")
 def test_a_job_without_a_head_is_stopped_by_deleting_it(head, quartet):
     quartet("submit")
     head.api.set_status("ppo-0", jobDeploymentStatus="Initializing")

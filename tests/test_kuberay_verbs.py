@@ -177,11 +177,17 @@ def test_the_engines_of_a_run_at_work_get_pods_and_give_them_back_by_name(head, 
     for pod in head.engines:
         labels = {"ray.io/cluster": cluster, "ray.io/group": "engine"}
         api.put("pods", pod, labels=labels, spec={"containers": []})
-    assert quartet("scale", "engine=3", *alone)[0] == 0
+    assert quartet("scale", "engine=3", *alone) == (
+        0,
+        "ppo-0 was asked for 3 engine(s); their worker group has 3 pod(s)\n",
+    )
     assert group() == (3, 3, {"workersToDelete": ["engine-3"]})
     del api.objects["pods", "engine-3"]
     # The seats of the first two stay reserved, so their pods do.
-    assert quartet("scale", "engine=1", *alone)[0] == 0
+    assert quartet("scale", "engine=1", *alone) == (
+        0,
+        "ppo-0 was asked for 1 engine(s); their worker group has 2 pod(s)\n",
+    )
     assert group()[0] == 2
     api.objects["rayclusters", cluster]["spec"]["enableInTreeAutoscaling"] = True
     assert "Ray's autoscaler gives them pods" in quartet("scale", "engine=4", *alone)[1]

@@ -1,11 +1,12 @@
 """vLLM's processes beneath an engine: which they are, that they live, that they get on."""
 
+from collections import ChainMap
 from collections.abc import Sequence
 from typing import Any
 
 import psutil
 
-from actors.vital_signs import ProcessGone, Pulse, core_wait
+from actors.vital_signs import ProcessGone, Pulse, core_waits
 
 
 def processes(llm: Any) -> list[int]:
@@ -31,6 +32,6 @@ def pulse_of(pids: Sequence[int]) -> Pulse:
     times = [child.cpu_times() for child in children]
     return Pulse(
         progress=sum(used.user + used.system for used in times),
-        waited=max(core_wait(child.pid) for child in children),
+        waited=dict(ChainMap(*(core_waits(child.pid) for child in children))),
         stopped=stopped,
     )

@@ -36,7 +36,7 @@ from orchestrator.incidents import Incident, RestartsSpent
 from orchestrator.placement import Seat
 from orchestrator.work import WorkLog
 
-PULSES = 5  # a silent worker has missed so many in a row
+PULSES = 5  # in the time after which a worker is silent
 
 
 class RemoteWorker:
@@ -166,36 +166,41 @@ class RemoteWorker:
             self._watch = asyncio.create_task(self._observe())
 
     async def _observe(self) -> None:
-        missed, stopped_since = 0, None
+        stopped_since = None
         stall = StallClock(self.deadlines.silence_s)
         while not self.lost:
             asked = time.monotonic()
             patience = self.deadlines.silence_s if self._ready else self.deadlines.stall_s
-            every = patience / PULSES
             try:
-                pulse = await self._pulse(every)
+                pulse = await self._pulse(patience)
             except TimeoutError:
-                missed += 1
-                if missed >= PULSES - 1:
-                    await self._stalled(f"gave no sign of life for {patience:g} s")
-                continue
+                await self._stalled(f"gave no sign of life for {patience:g} s")
+                return
             except RayActorError as error:
                 self.lose(f"died in {self._phase()}: {_first_line(error)}")
                 return
             except RayTaskError as error:
                 self.lose(f"failed: {error.cause!r}")
                 return
-            now, missed = time.monotonic(), 0
+            now = time.monotonic()
             stopped_since = (stopped_since or now) if pulse.stopped else None
             if stopped_since is not None and now - stopped_since >= self.deadlines.silence_s / 2:
                 await self._stalled(f"has stopped processes {list(pulse.stopped)}")
             if stall.stalled_s(pulse, busy=self._ready and bool(self._verbs)) > self.deadlines.stall_s:
                 await self._stalled(f"made no progress for {self.deadlines.stall_s:g} s")
-            await asyncio.sleep(max(0.0, every - (time.monotonic() - asked)))
+            await asyncio.sleep(max(0.0, patience / PULSES - (now - asked)))
 
-    async def _pulse(self, limit: float) -> Pulse:
+    async def _pulse(self, patience: float) -> Pulse:
+        """Raises TimeoutError. A worker may answer late; a driver that stood still meanwhile has waited for
+        no more than one part of its patience, and then finds the answer."""
         ref = self.handle.pulse.options(concurrency_group=VITAL).remote()
-        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), limit)
+        answer = asyncio.wrap_future(ref.future())
+        answer.add_done_callback(_ignore)
+        for _ in range(PULSES - 1):  # one part has gone by since the last answer
+            await asyncio.wait({answer}, timeout=patience / PULSES)
+            if answer.done():
+                return answer.result()
+        raise TimeoutError
 
     def _phase(self) -> str:
         return ", ".join(sorted(set(self._verbs.values()))) or "no call"

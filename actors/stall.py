@@ -23,7 +23,7 @@ class StallClock:
         """``busy``: it has been asked something and has not answered."""
         now = self._clock()
         unseen, self._looked_at = now - self._looked_at, now
-        stalled = now - self._since - max(0.0, pulse.waited - self._last.waited)
+        stalled = now - self._since - self._starved_s(pulse)
         done = pulse.progress - self._last.progress
         # A sum of processor times falls when it is of other processes than before.
         worked = done < 0 or done >= IDLE_SHARE * stalled + IDLE_S
@@ -31,3 +31,8 @@ class StallClock:
             self._since, self._last = now, pulse
             return 0.0
         return stalled
+
+    def _starved_s(self, pulse: Pulse) -> float:
+        """Of the thread that got no core for longest: which of them has the work nobody knows."""
+        before = self._last.waited
+        return max((waited - before.get(thread, 0.0) for thread, waited in pulse.waited.items()), default=0.0)

@@ -9,13 +9,16 @@ import ctypes
 import faulthandler
 import os
 import signal
+import sys
 import tempfile
 import time
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 VITAL = "vital"  # name of the concurrency group
+PROMPT_S = 5e-5
 _PR_SET_PDEATHSIG = 1
 
 
@@ -47,28 +50,39 @@ class Pulse:
     """``progress`` grows while the process works; ``stopped`` are pids that the kernel holds."""
 
     progress: float  # seconds of processor time, of this process or of those that work for it
-    waited: float = 0.0  # seconds for which it would have worked and got no core
+    waited: Mapping[int, float] = field(default_factory=dict)  # seconds for which each thread got no core
     held: bool = False  # the driver keeps it waiting: it need not get on
     stopped: tuple[int, ...] = ()
 
 
-def core_wait(pid: int) -> float:
-    """Seconds for which the thread of a process that has worked most has waited for a core, since its start.
-    0.0 where the kernel keeps no count (it is in nanoseconds in /proc/PID/task/TID/schedstat)."""
-    most, waited = 0, 0
-    for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        with suppress(OSError):  # the thread has ended
-            worked, waits, _ = map(int, file.read_text().split())
-            if worked > most:
-                most, waited = worked, waits
-    return waited / 1e9
+def core_waits(pid: int) -> dict[int, float]:
+    """Seconds for which each thread of a process has waited for a core, since its start, by its id; empty
+    where the kernel keeps no count (it is in nanoseconds in /proc/PID/task/TID/schedstat)."""
+    waits: dict[int, float] = {}
+    with prompt_turns():
+        for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            with suppress(OSError):  # the thread has ended
+                waits[int(file.parent.name)] = int(file.read_text().split()[1]) / 1e9
+    return waits
+
+
+@contextmanager
+def prompt_turns() -> Iterator[None]:
+    """For a hundred small reads beside Python that works: each gives the interpreter away, and a thread that
+    works keeps it for the switch interval, 5 ms, so that they would take half a second."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(PROMPT_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
 
 
 class VitalSigns:
     """Mixed into every worker class."""
 
     def pulse(self) -> Pulse:
-        return Pulse(progress=time.process_time(), waited=core_wait(os.getpid()))
+        return Pulse(progress=time.process_time(), waited=core_waits(os.getpid()))
 
     def stacks(self) -> str:
         """The Python stack of every thread."""

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 from datetime import timedelta
 from typing import ClassVar
@@ -33,6 +34,11 @@ class Slow(VitalSigns):
             pass
         return os.getpid()
 
+    def crowd(self, threads: int) -> int:
+        for _ in range(threads):
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        return os.getpid()
+
     def eat(self, num_bytes: int) -> int:
         return len(bytearray(num_bytes))
 
@@ -41,6 +47,14 @@ class Slow(VitalSigns):
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+class Late(Slow):
+    """Takes longer for a pulse than one should come after the other."""
+
+    def pulse(self) -> Pulse:
+        time.sleep(0.7)
+        return super().pulse()
 
 
 class Parent(Slow):

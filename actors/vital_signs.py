@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 VITAL = "vital"  # name of the concurrency group
-PROMPT_S = 5e-5
+PROMPT_S = 5e-5  # the switch interval while a pulse reads
 _PR_SET_PDEATHSIG = 1
 
 

@@ -34,6 +34,9 @@ KINDS = {  # plural -> (group/version, kind, namespaced)
     "networkpolicies": ("networking.k8s.io/v1", "NetworkPolicy", True),
     "customresourcedefinitions": ("apiextensions.k8s.io/v1", "CustomResourceDefinition", False),
 }
+START_S = 0.05
+"""Of a process in a container. kubectl before 1.34 loses what is said before it has opened its streams, which
+no real process is fast enough for (https://github.com/kubernetes/kubernetes/pull/131203)."""
 Execute = Callable[[str, list[str]], tuple[str, int]]  # (pod, argv) -> (standard output, exit code)
 
 
@@ -186,6 +189,7 @@ class KubeApi:
             return refusal
         socket = web.WebSocketResponse(protocols=("v5.channel.k8s.io",))
         await socket.prepare(request)
+        await asyncio.sleep(START_S)
         said, code = await asyncio.to_thread(
             self._execute, request.match_info["name"], request.query.getall("command")
         )

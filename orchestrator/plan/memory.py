@@ -198,11 +198,12 @@ def _activations(setting: Setting, shape: Shape, tokens: int, *, trained: bool) 
     """Of one micro-batch of so many tokens. Kept for the backward pass, per token and layer (Transformers'
     Llama with fused attention): both norms' input, normalised and scaled (6 h), query, keys, values and
     answer (3 q + 2 kv), gate, its activation, up and their product (4 f). In bfloat16 the norms' first two
-    are float32."""
+    are float32, and on CPUs what attention keeps (actors/attention.py)."""
     model, workload = setting.run.model, setting.workload
     d, h = BYTES[model.dtype], shape.hidden
     f = shape.intermediate * max(1, shape.active_experts)
-    layer = 2 * (4 + 4 + d) * h + d * (3 * shape.q + 2 * shape.kv + 4 * f)
+    attended = BYTES["float32"] if setting.device.is_cpu and model.attention == "sdpa" else d
+    layer = 2 * (4 + 4 + d) * h + attended * 2 * (shape.q + shape.kv) + d * (shape.q + 4 * f)
     if model.attention == "eager":
         layer += 2 * 4 * shape.heads * workload.longest
     if not trained:

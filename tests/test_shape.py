@@ -20,8 +20,9 @@ MAX_FUNCTION_LINES = 60
 MAY_TELL_WALL_TIME = {ROOT / "launch" / "tracking.py", ROOT / "launch" / "incidents.py"}
 # The thread between a run and a third-party service, whose failures by design do not matter.
 MAY_CATCH_ALL = {ROOT / "launch" / "sidecar.py", ROOT / "actors" / "reward_child.py"}
-# Settings for the constructor of a class that is built in another process, as Ray's own call takes them.
-MAY_PASS_ON = {("remote_worker.py", "spawn"), ("build.py", "group")}
+# Settings for the constructor of a class that is built in another process, as Ray's own call takes them; and
+# what a model of any architecture tells its attention, as Transformers calls it.
+MAY_PASS_ON = {("remote_worker.py", "spawn"), ("build.py", "group"), ("attention.py", "sdpa")}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -93,10 +93,10 @@ class Actor(Learner):
 
     def _forward(self, part: Any, entropy: bool, distribution: bool, slopes: RowSlopes | None = None) -> Any:
         given = (part.tokens, part.attention_mask, part.action_mask, self.temperature, entropy, distribution)
-        if isinstance(part, Examples):  # may be packed, or begin alike
-            given += (part.positions, part.groups)
+        if isinstance(part, Examples):  # may be packed
+            given += (part.positions,)
         elif slopes is not None:
-            given += (None, None)
+            given += (None,)
         return self.backend.forward(*given, *(() if slopes is None else (slopes,)))
 
     def distributions(self, batch: Batch, micro_batches: MicroBatches) -> Tensor:

@@ -69,14 +69,13 @@ class BackboneModel(PolicyModel):
         entropy: bool = False,
         distribution: bool = False,
         positions: Tensor | None = None,
-        groups: Tensor | None = None,
         asked: str = "policy",
     ) -> Any:
         """``asked``: policy, as ``PolicyModel`` answers; values, [B, T]; both, that and then values; scores,
         [B]; reference, as policy."""
         adapter = {"scores": REWARD, "reference": None}.get(asked, NAME)
         with using(self, adapter):
-            states = self.hidden_states(tokens, attention_mask, positions, groups)
+            states = self.hidden_states(tokens, attention_mask, positions)
         if asked == "scores":
             assert self.score is not None
             return self.score(last_states(states, attention_mask))
@@ -183,7 +182,7 @@ class Backbone(Actor):
     def _ask(self, part: Any, asked: str, entropy: bool = False, distribution: bool = False) -> Any:
         return self.backend.forward(
             part.tokens, part.attention_mask, part.action_mask, self.temperature, entropy, distribution,
-            None, None, asked,
+            None, asked,
         )  # fmt: skip
 
 

@@ -31,8 +31,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from actors.attention import sdpa
 from actors.heads import ScalarHead, TokenHead
-from actors.padding import in_rows, one_row, prove_one_row, rows, takes_lengths
-from actors.shared_prefix import fold
+from actors.padding import Row, in_rows, keeps_apart, one_row, rows, takes_lengths
+from actors.shared_prefix import fold, saves, takes_rows
 from actors.virtual_tokens import VirtualTokens
 from orchestrator.config import Model
 
@@ -49,7 +49,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.virtual: VirtualTokens | None = None  # of prefix, prompt and P-tuning
-        self._proved = False  # that rows behind one another do not see each other
+        self._apart: bool | None = None  # whether rows behind one another do not see each other
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for layer in (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)):
@@ -60,25 +60,35 @@ class LanguageModel(nn.Module):
         tokens: Tensor,
         attention_mask: Tensor,
         positions: Tensor | None = None,
-        groups: Tensor | None = None,
     ) -> Tensor:
-        """[B, T] -> [B, T, d]. ``positions`` that restart within a row are packed documents. What rows of
-        equal ``groups`` [B] begin with alike is computed once where that is cheaper (shared_prefix.py)."""
-        if groups is not None and positions is None and self.virtual is None:
-            folded = fold(self.model, tokens, attention_mask, groups)
-            if folded is not None:
-                return folded.unfold(self._run(folded.given()))
+        """[B, T] -> [B, T, d]. ``positions`` that restart within a row are packed documents. Without them,
+        what neighbouring rows begin with alike is computed once, and padding never, where that saves time
+        (shared_prefix.py)."""
         kept = attention_mask.bool()
-        if takes_lengths(self.model) and self.virtual is None and not (positions is None and kept.all()):
-            if not self._proved:
-                prove_one_row(self._run, tokens.device)
-                self._proved = True
-            return in_rows(self._run(one_row(tokens, kept, positions)), kept)
+        if self.virtual is None and takes_lengths(self.model):
+            if not self._keeps_apart(_behind, tokens.device):
+                raise RuntimeError(
+                    "this architecture does not keep documents of one row apart under flash attention; use "
+                    "model.attention=sdpa"
+                )
+            if positions is not None or not kept.all():
+                return in_rows(self._run(one_row(tokens, kept, positions)), kept)
+        elif self.virtual is None and takes_rows(self.model) and self._keeps_apart(_folded, tokens.device):
+            folded = fold(tokens, kept) if positions is None else None
+            if folded is not None and saves(folded, self.model):
+                return folded.spread(self._run(folded.given())[0])
         given = rows(tokens, attention_mask, positions)
         if self.virtual is not None:
             given = self.virtual.inputs(self.model, tokens, given["attention_mask"], given["position_ids"])
         states = self._run(given)
         return states[:, states.shape[1] - tokens.shape[1] :]
+
+    def _keeps_apart(self, row: Row, device: torch.device) -> bool:
+        """Asked at the first look, whatever it is at: the proof's forward passes are collectives of all ranks
+        under ZeRO-3."""
+        if self._apart is None:
+            self._apart = keeps_apart(self._run, row, device)
+        return self._apart
 
     def _run(self, given: dict[str, Any]) -> Tensor:
         return self.model.base_model(**given, use_cache=False, return_dict=True).last_hidden_state
@@ -109,7 +119,6 @@ class PolicyModel(LanguageModel):
         entropy: bool = False,
         distribution: bool = False,
         positions: Tensor | None = None,
-        groups: Tensor | None = None,
         slopes: RowSlopes | None = None,
     ) -> tuple[Tensor | None, ...]:
         """log p(tokens[b, t] | tokens[b, :t]) and the entropy there, [B, T] float32, 0.0 off ``mask``; and
@@ -119,7 +128,7 @@ class PolicyModel(LanguageModel):
         The vocabulary is computed for the positions of the mask only. The first token has nothing before it:
         0.0. Plain tensors, not a record: DeepSpeed looks for tensors in tuples to hang its hooks on.
         """
-        states = self.hidden_states(tokens, attention_mask, positions, groups)
+        states = self.hidden_states(tokens, attention_mask, positions)
         return self.answer(states, tokens, mask, temperature, entropy, distribution, slopes)
 
     def answer(  # noqa: PLR0913, PLR0917 - as ``forward``
@@ -191,14 +200,24 @@ class ValueModel(LanguageModel):
 class ScoreModel(LanguageModel):
     """A backbone with one scalar per sequence: the reward model."""
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor, groups: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Score at the last attended token, [B] float32, wherever the padding is (BUGS A5)."""
-        states = self.hidden_states(tokens, attention_mask, groups=groups)
+        states = self.hidden_states(tokens, attention_mask)
         return self.model.score(last_states(states, attention_mask))
 
     @classmethod
     def load(cls, source: Model, *, head_seed: int | None = None) -> "ScoreModel":
         return cls(_load_scalar(source, head_seed), source.gradient_checkpointing)
+
+
+def _behind(tokens: Tensor, kept: Tensor) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
+    return one_row(tokens, kept, None), lambda states: in_rows(states, kept)
+
+
+def _folded(tokens: Tensor, kept: Tensor) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
+    folded = fold(tokens, kept)
+    assert folded is not None  # padded on the right
+    return folded.given(), lambda states: folded.spread(states[0])
 
 
 def values_before(head: nn.Module, states: Tensor, mask: Tensor) -> Tensor:

@@ -48,8 +48,7 @@ class Reference(Worker):
             if rows:
                 part = to_device(take(batch, rows), self.device)
                 said = self.policy(
-                    part.tokens, part.attention_mask, part.action_mask, self.temperature, False, distribution,
-                    groups=part.groups if isinstance(part, Examples) else None,
-                )  # fmt: skip
+                    part.tokens, part.attention_mask, part.action_mask, self.temperature, False, distribution
+                )
                 answers.append(widen(said[2 if distribution else 0].cpu(), batch.tokens.shape[1]))
         return torch.cat(answers)

@@ -110,7 +110,7 @@ class RewardLearner(Learner):
 
     def figures(self, part: Any) -> Tensor:
         """[b] scores."""
-        return self.backend.forward(part.tokens, part.attention_mask, part.groups)
+        return self.backend.forward(part.tokens, part.attention_mask)
 
     def keep_statistics(self, mean: float, std: float) -> None:
         """Mean and standard deviation of its scores, into the config.json that ``export`` writes."""

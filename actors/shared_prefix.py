@@ -1,9 +1,11 @@
-"""Rows that begin alike are computed once: the responses to one prompt as one sequence.
+"""Every token of a micro-batch once: no padding, and nothing that a row begins with as the one before it.
 
-    chosen    P P P c c        one row    P P P c c r r r
-    rejected  P P P r r r      positions  0 1 2 3 4 3 4 5        r sees P and r, never c
+    rows   P P P c c .      tokens     P P P c c r r r
+           P P P r r r      positions  0 1 2 3 4 3 4 5
 
-A token's state depends on what stands before it alone, so every row gets the states it would have had.
+A token's state depends on what stands before it alone, so rows that begin alike (the samples of one prompt,
+the two of a pair) have the same states there. What looks at each token by itself, nearly all of a model, is
+given the tokens; attention alone is given the rows (attention.py), and answers as it does without this.
 """
 
 from dataclasses import dataclass
@@ -13,27 +15,70 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+# Operations over 4 d that take as long as laying out a token in its row and back, in each layer: as measured on
+# CPUs; and by the bandwidth and the operations of an H200, not measured.
+SPREAD, SPREAD_ON_GPU = 60, 300
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folded:
-    """[N, S] instead of [B, T]: a row for each run of rows that belong together."""
+    """[S] tokens instead of [B, T]."""
 
-    tokens: Tensor  # [N, S] int64, 0 where nothing stands
-    positions: Tensor  # [N, S] of each token in the row it came from
-    mask: Tensor  # [N, 1, S, S] bool: who sees whom
-    places: Tensor  # [B, T] int64: where in N x S the token of each row is
+    tokens: Tensor  # [1, S] int64
+    positions: Tensor  # [1, S] of each token in its row
+    places: Tensor  # [B, T] int64: which of the S stands there, 0 at padding
+    own: Tensor  # [S] where in B x T it stands first
+    again: Tensor  # where in B x T one stands that stood before
 
     def given(self) -> dict[str, Any]:
-        """Arguments of the backbone."""
-        return {"input_ids": self.tokens, "attention_mask": self.mask, "position_ids": self.positions}
+        """Arguments of the backbone. With a mask of four dimensions Transformers makes none of its own."""
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.tokens.device)
+        return {
+            "input_ids": self.tokens, "attention_mask": mask, "position_ids": self.positions, "folded": self,
+        }  # fmt: skip
 
-    def unfold(self, states: Tensor) -> Tensor:
-        """[N, S, d] -> [B, T, d]."""
-        return states.flatten(0, 1).index_select(0, self.places.flatten()).view(*self.places.shape, -1)
+    def spread(self, x: Tensor) -> Tensor:
+        """[S, ...] -> [B, T, ...]"""
+        return _Spread.apply(x, self).unflatten(0, self.places.shape)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [S, ...]"""
+        return _Gather.apply(x.flatten(0, 1), self)
 
 
-def takes_masks(model: PreTrainedModel) -> bool:
-    """Whether every layer attends as a mask says, and to nothing by distance or memory of its own."""
+class _Spread(torch.autograd.Function):
+    """PyTorch's own gradient adds row by row, which on a CPU takes longer than attention; here only what
+    stands in several rows is added, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, folded: Folded) -> Tensor:
+        ctx.folded = folded
+        return x.index_select(0, folded.places.flatten())
+
+    @staticmethod
+    def backward(ctx: Any, by_rows: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        own, again = ctx.folded.own, ctx.folded.again
+        total = by_rows.index_select(0, own).float()
+        total.index_add_(0, ctx.folded.places.flatten()[again], by_rows.index_select(0, again).float())
+        return total.to(by_rows.dtype), None
+
+
+class _Gather(torch.autograd.Function):
+    """Of equals the first; the others have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, folded: Folded) -> Tensor:
+        ctx.folded, ctx.rows = folded, len(x)
+        return x.index_select(0, folded.own)
+
+    @staticmethod
+    def backward(ctx: Any, by_tokens: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        blank = by_tokens.new_zeros(ctx.rows, *by_tokens.shape[1:])
+        return blank.index_copy_(0, ctx.folded.own, by_tokens), None
+
+
+def takes_rows(model: PreTrainedModel) -> bool:
+    """Whether every layer attends through attention.py to all that stands before, and remembers nothing."""
     config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None) or ["full_attention"]
     windows = getattr(config, "sliding_window", None) is not None or getattr(config, "alibi", False)
@@ -44,46 +89,30 @@ def takes_masks(model: PreTrainedModel) -> bool:
     )
 
 
-def fold(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, groups: Tensor) -> Folded | None:
-    """Of rows [B, T], padded on the right, of equal ``groups`` [B] side by side, what they begin with as the
-    first of them does is taken once. None where that costs more than it saves, or the model cannot."""
-    (B, T), device = tokens.shape, tokens.device
-    if not takes_masks(model) or bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+def fold(tokens: Tensor, attention_mask: Tensor) -> Folded | None:
+    """Of rows [B, T]; None where padding is not on the right."""
+    if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
         return None
-    rows, columns = torch.arange(B, device=device), torch.arange(T, device=device)
-    leads = torch.ones_like(groups, dtype=torch.bool)
-    leads[1:] = groups[1:] != groups[:-1]
-    row = leads.cumsum(0) - 1  # [B] of the folded ones
-    first = rows[leads][row]
-    lengths = attention_mask.sum(1)
-    alike = (tokens == tokens[first]) & attention_mask & attention_mask[first]
-    shared = alike.long().cumprod(1).sum(1).where(~leads, 0)  # [B] tokens that the first row has, too
-    own = lengths - shared
-    ends = own.cumsum(0)
-    begin = ends - own - (ends - own)[first]  # [B] where in its folded row the own tokens of a row begin
-    S = int((begin + own).max())
-    N = int(row[-1]) + 1
-    # Operations of a layer over 4 d a token: 6 d in its matrices, and the keys that it attends to. Kernels
-    # skip the half behind the diagonal only where they are given no mask.
-    matrices = 6 * model.config.get_text_config().hidden_size
-    if N * S * (matrices + S) >= B * T * (matrices + T / 2):
-        return None
-    inside = columns >= shared[:, None]
-    places = row[:, None] * S + columns + (begin - shared)[:, None].where(inside, 0)
-    stands = inside & attention_mask
-    places = places.where(attention_mask, row[:, None] * S)
-
-    def spread(values: Tensor, blank: int) -> Tensor:
-        folded = values.new_full((N * S,), blank)
-        folded[places[stands]] = values.expand(B, T)[stands]
-        return folded.view(N, S)
-
-    owner, sees = spread(rows[:, None], -1), spread(shared[:, None], 0)
-    slots = torch.arange(S, device=device)
-    lead = first[leads][:, None, None]
-    theirs = owner[:, None, :]
-    mask = (theirs == owner[:, :, None]) | ((theirs == lead) & (slots < sees[:, :, None]))
-    mask &= slots <= slots[:, None]
+    columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    alike = torch.zeros_like(attention_mask)
+    alike[1:] = (tokens[1:] == tokens[:-1]) & attention_mask[1:] & attention_mask[:-1]
+    shared = alike.long().cumprod(1).sum(1, keepdim=True)  # [B, 1] tokens that the row before has, too
+    owner = rows.where(columns >= shared, 0).cummax(0).values  # [B, T] the first of the rows with this token
+    first = (owner == rows) & attention_mask
+    numbered = (first.flatten().cumsum(0) - 1).view_as(tokens)
     return Folded(
-        tokens=spread(tokens, 0), positions=spread(columns[None], 0), mask=mask[:, None], places=places
+        tokens=tokens[first][None],
+        positions=columns[first][None],
+        places=numbered.gather(0, owner).where(attention_mask, 0),
+        own=first.flatten().nonzero().squeeze(1),
+        again=(attention_mask & ~first).flatten().nonzero().squeeze(1),
     )
+
+
+def saves(folded: Folded, model: PreTrainedModel) -> bool:
+    """More time than it costs: a layer's matrices do 6 d operations a token, counted as ``SPREAD``."""
+    matrices = 6 * model.config.get_text_config().hidden_size
+    spread = SPREAD_ON_GPU if folded.tokens.is_cuda else SPREAD
+    rows = folded.places.numel()
+    return len(folded.own) * matrices + rows * spread < rows * matrices

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from actors.model import PolicyModel, ValueModel
+from actors.model import LanguageModel, PolicyModel, ValueModel
 from actors.padding import takes_lengths
 from launch.trainable import check_trainable
 from orchestrator.config import Model, Run
@@ -41,8 +41,12 @@ def alone(_, query, key, value, mask, scaling=None, **rest):
     )
 
 
-def with_kernel(model: torch.nn.Module, kernel: object, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+def with_kernel(
+    kind: type[LanguageModel], folder: Model, kernel: object, monkeypatch: pytest.MonkeyPatch
+) -> LanguageModel:
+    """As a model with flash attention is loaded: its kernel comes last."""
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", kernel)
+    model = kind.load(folder.model_copy(update={"attention": "eager"}), head_seed=0)
     model.model.config._attn_implementation_internal = "flash_attention_2"
     return model
 
@@ -72,7 +76,7 @@ def test_one_row_answers_as_padded_rows_do(
         return varlen(*args, cu_seq_lens_q=cu_seq_lens_q, **rest)
 
     seen: list[int] = []
-    found, own = answers(with_kernel(kind.load(folder, head_seed=0), kernel, monkeypatch))
+    found, own = answers(with_kernel(kind, folder, kernel, monkeypatch))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     for mine, theirs in zip(own, gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-5)
@@ -91,14 +95,14 @@ def test_packed_documents_stay_apart_in_one_row(tmp_path: Path, monkeypatch: pyt
             return alone(*args, **rest)
         return varlen(*args, cu_seq_lens_q=cu_seq_lens_q, **rest)
 
-    policy = with_kernel(PolicyModel.load(folder), kernel, monkeypatch)
+    policy = with_kernel(PolicyModel, folder, kernel, monkeypatch)
     found = policy(TOKENS, kept, kept, 1.0, False, False, positions)[0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_a_kernel_that_mixes_documents_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Model(path=tiny.save(tmp_path, tiny.llama()), dtype="float32")
-    policy = with_kernel(PolicyModel.load(folder), alone, monkeypatch)
+    policy = with_kernel(PolicyModel, folder, alone, monkeypatch)
     with pytest.raises(RuntimeError, match=r"use model\.attention=sdpa"):
         answers(policy)
 

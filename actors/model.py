@@ -68,8 +68,8 @@ class LanguageModel(nn.Module):
         if self.virtual is None and takes_lengths(self.model):
             if not self._keeps_apart(_behind, tokens.device):
                 raise RuntimeError(
-                    "this architecture does not keep documents of one row apart under flash attention; use "
-                    "model.attention=sdpa"
+                    "this architecture does not keep documents of one row apart under model.attention="
+                    f"{self.model.config._attn_implementation}; use model.attention=sdpa"
                 )
             if positions is not None or not kept.all():
                 return in_rows(self._run(one_row(tokens, kept, positions)), kept)
@@ -165,8 +165,8 @@ class PolicyModel(LanguageModel):
     @classmethod
     def load(cls, source: Model, *, head_seed: int | None = None) -> "PolicyModel":
         """ValueError for a model whose logits are not those of its ``lm_head`` (see ``_check_head``)."""
-        flash = source.attention.startswith("flash")  # runs on GPUs alone, and the model is not there yet
-        options = _options(source) | ({"attn_implementation": "eager"} if flash else {})
+        on_gpus = source.attention.startswith(("flash", "flex"))  # only there, and the model is not yet
+        options = _options(source) | ({"attn_implementation": "eager"} if on_gpus else {})
         model, report = AutoModelForCausalLM.from_pretrained(
             source.path, config=_config(source), output_loading_info=True, **options
         )
@@ -178,7 +178,7 @@ class PolicyModel(LanguageModel):
         model.set_output_embeddings(TokenHead(model.get_output_embeddings(), model.config.get_text_config()))
         policy = cls(model, source.gradient_checkpointing)
         _check_head(policy, probe, expected)
-        if flash:
+        if on_gpus:
             model.set_attn_implementation(source.attention)
         if source.liger:
             apply_liger_kernel(model, _LIGER)

@@ -1,8 +1,9 @@
 """What a backbone is given of rows of unequal length, and its hidden states in rows again.
 
 rows      [B, T], padding computed and thrown away; length-grouped micro-batches keep it small
-one row   [1, N], the attended tokens of all rows behind one another, for attention kernels that are told
-          where each document ends (FlashAttention's varlen): nothing is computed for padding
+one row   [1, N], the attended tokens of all rows behind one another, for attention that is told where each
+          document ends (FlashAttention's varlen; flex attention, whose mask Transformers makes from positions
+          that begin anew): nothing is computed for padding
 """
 
 from collections.abc import Callable
@@ -17,12 +18,12 @@ Row = Callable[[Tensor, Tensor], tuple[dict[str, Any], Callable[[Tensor], Tensor
 
 
 def takes_lengths(model: PreTrainedModel) -> bool:
-    """FlashAttention in all layers; a state-space or linear-attention layer would carry its state from one
-    document into the next."""
+    """FlashAttention or flex attention in all layers; a state-space or linear-attention layer would carry its
+    state from one document into the next."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
     plain = all("attention" in kind and "linear" not in kind for kind in kinds)
-    return plain and str(config._attn_implementation).startswith("flash")
+    return plain and str(config._attn_implementation).startswith(("flash", "flex"))
 
 
 def rows(tokens: Tensor, attention_mask: Tensor, positions: Tensor | None) -> dict[str, Any]:

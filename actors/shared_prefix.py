@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Operations over 4 d that take as long as laying out a token in its row and back, in each layer: as measured on
-# CPUs; and by the bandwidth and the operations of an H200, not measured.
+# Operations over 4 d that take as long as laying out a token in its row and back, in each layer: as measured
+# on CPUs; and by the bandwidth and the operations of an H200, not measured.
 SPREAD, SPREAD_ON_GPU = 60, 300
 
 

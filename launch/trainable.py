@@ -14,6 +14,7 @@ from orchestrator.config import Adapter, Run
 PACKAGES = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+    "flex_attention": ("torch", "torch"),  # which has no backward pass of it for CPUs
     "liger": ("liger_kernel", "liger-kernel"),
 }
 

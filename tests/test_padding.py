@@ -107,6 +107,25 @@ def test_a_kernel_that_mixes_documents_is_found_out(tmp_path: Path, monkeypatch:
         answers(policy)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention_computes_no_padding_and_keeps_documents_apart(tmp_path: Path) -> None:
+    """The real kernel, compiled; PyTorch has no backward pass of it for CPUs."""
+    folder = Model(path=tiny.save(tmp_path, tiny.llama()), dtype="float32")
+    policy = PolicyModel.load(folder.model_copy(update={"attention": "flex_attention"}))
+    seen: list[int] = []
+    policy.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3]])
+    for kept, positions in ((KEPT, None), (torch.ones_like(KEPT), packed)):
+        asked = kept & (kept.cumsum(1) > 1)
+        expected = PolicyModel.load(folder)(TOKENS, kept, asked, 1.0, False, False, positions)[0]
+        found = policy(TOKENS, kept, asked, 1.0, False, False, positions)[0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert seen == [7, 4, 13, 18]  # the proof; what is not padding; all
+
+
 def test_layers_with_a_state_keep_their_rows() -> None:
     class Holds:
         def __init__(self, kind: str, attention: str) -> None:
@@ -115,6 +134,7 @@ def test_layers_with_a_state_keep_their_rows() -> None:
             self.config._attn_implementation_internal = attention
 
     assert takes_lengths(Holds("sliding_attention", "flash_attention_2"))
+    assert takes_lengths(Holds("full_attention", "flex_attention"))
     assert not takes_lengths(Holds("linear_attention", "flash_attention_2"))
     assert not takes_lengths(Holds("mamba", "flash_attention_2"))
     assert not takes_lengths(Holds("sliding_attention", "sdpa"))
@@ -125,6 +145,7 @@ def test_layers_with_a_state_keep_their_rows() -> None:
     [
         ({"attention": "flash_attention_2"}, 0, r"runs on GPUs only; set roles\.actor\.gpus, or use sdpa"),
         ({"attention": "flash_attention_2"}, 1, r"needs flash-attn, which is not installed here"),
+        ({"attention": "flex_attention"}, 0, r"runs on GPUs only; set roles\.actor\.gpus, or use sdpa"),
         ({"liger": True}, 0, r"model\.liger=true runs on GPUs only; .* or use false"),
         ({"liger": True}, 1, r"needs liger-kernel, which is not installed here"),
     ],

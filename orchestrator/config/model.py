@@ -21,8 +21,9 @@ class Model(Settings):
     max_length: PositiveInt = 1024
     """Longest sequence in tokens, prompt and response together."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
-    """Attention implementation of Transformers. With flash attention (GPUs, package flash-attn) the rows of a
-    micro-batch lie behind one another and nothing is computed for padding."""
+    """Attention implementation of Transformers. With flash attention (GPUs, package flash-attn) and flex
+    attention (GPUs) the rows of a micro-batch lie behind one another and nothing is computed for padding.
+    With sdpa nothing but attention is, and what neighbouring rows begin with alike is computed once."""
     liger: bool = False
     """Liger's kernels for norms, rotary positions and MLPs (GPUs, package liger-kernel)."""
     gradient_checkpointing: bool = False

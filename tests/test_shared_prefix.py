@@ -40,10 +40,11 @@ def test_a_pair_by_hand():
 
 
 def test_a_token_belongs_to_the_first_of_the_rows_that_begin_with_it():
-    """The second row adds a token that the third has, too; the fourth begins as the first alone does."""
-    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 1, 0], [5, 6, 1, 2], [5, 6, 7, 8]])
+    """The second row adds a token that the third has, too; the fourth begins as the first does, which is no
+    neighbour, and ends as the third."""
+    tokens = torch.tensor([[5, 6, 7, 8], [5, 6, 1, 0], [5, 6, 1, 2], [5, 6, 7, 2]])
     folded = fold(tokens, tokens > 0)
-    assert folded.tokens.tolist() == [[5, 6, 7, 8, 1, 2, 7, 8]]
+    assert folded.tokens.tolist() == [[5, 6, 7, 8, 1, 2, 7, 2]]
     assert folded.places.tolist() == [[0, 1, 2, 3], [0, 1, 4, 0], [0, 1, 4, 5], [0, 1, 6, 7]]
 
 

@@ -38,7 +38,7 @@ TOKENS = (
         tests=("tests/test_padding.py::test_a_kernel_that_mixes_documents_is_found_out",),
     ),
     Mutant(
-        name="a row has its token from a row that only its neighbour's neighbour begins as",
+        name="rows share tokens behind the first in which they differ",
         row="A1",
         file="actors/shared_prefix.py",
         old="alike.long().cumprod(1).sum(1, keepdim=True)",

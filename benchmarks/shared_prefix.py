@@ -4,7 +4,7 @@
 
 Samples of prompts of several lengths, ``--samples`` each, with responses of ``--response-tokens``, all in one
 micro-batch: forward and backward pass as in a policy's update, and the forward pass as in scoring. Both ways
-in turn, in one process with the allocator's settings of a worker. Random tokens: which they are takes no time.
+in turn, in one process with the allocator's settings of a worker. Random tokens: which ones takes no time.
 """
 
 import argparse

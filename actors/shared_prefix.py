@@ -9,6 +9,7 @@ given the tokens; attention alone is given the rows (attention.py), and answers 
 """
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -78,12 +79,15 @@ class _Gather(torch.autograd.Function):
 
 
 def takes_rows(model: PreTrainedModel) -> bool:
-    """Whether every layer attends through attention.py to all that stands before, and remembers nothing."""
+    """Whether every layer attends through attention.py to all that stands before, and remembers nothing; what
+    of that shows before a forward pass."""
     config = model.config.get_text_config()
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in signature(model.base_model.forward).parameters.values())
     layers = getattr(config, "layer_types", None) or ["full_attention"]
     windows = getattr(config, "sliding_window", None) is not None or getattr(config, "alibi", False)
     return (
         config._attn_implementation == "sdpa"
+        and passes_on
         and not (windows or model._is_stateful)
         and set(layers) == {"full_attention"}
     )

@@ -109,9 +109,12 @@ def test_a_model_that_does_not_pass_on_what_its_attention_needs_is_given_rows(tm
 def test_rows_stay_where_the_model_cannot():
     mistral = MistralConfig(**{k: v for k, v in tiny.llama(hidden=64).to_dict().items() if k != "model_type"})
     windows = MistralForCausalLM._from_config(mistral, attn_implementation="sdpa")
+    closed = small()
+    closed.base_model.forward = lambda input_ids, attention_mask, position_ids: None  # takes nothing more
     assert takes_rows(small())
     assert not takes_rows(small("eager"))
     assert not takes_rows(windows)
+    assert not takes_rows(closed)
     tokens, kept, _ = padded([PROMPT + response for response in RESPONSES])
     assert fold(tokens.flip(1), kept.flip(1)) is None  # padding on the left
 
